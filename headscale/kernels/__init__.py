@@ -1,0 +1,1 @@
+"""Compute kernels of the pooled head; `headscale.pooling` is the public face."""
