@@ -1,0 +1,177 @@
+"""The frozen records that every result travels in: plain numbers, strings and tuples, and nothing that computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: records become dicts, tuples lists, non-finite numbers None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Record:
+    """Base of all records: `to_dict()` gives plain JSON values under the names of the fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; non-finite numbers become None."""
+        result: dict[str, Any] = plain(self)
+        return result
+
+
+# --- the head ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head(Record):
+    """Where the MLM head is. Names are those of the model's tensors and modules, not of a file.
+
+    `logits = factor * (features @ matrix.T + bias)`, then `softcap * tanh(. / softcap)` where there is one.
+    """
+
+    model_type: str
+    architecture: str
+    vocab_size: int
+    width: int  # columns of the matrix
+    matrix: tuple[str, ...]  # one name, or the blocks that are joined along the width
+    bias: str | None  # the live one
+    norm: str | None  # the affine norm that feeds the product, if one does
+    norm_kind: str | None  # "affine", or "one_plus" where the gain is 1 + weight
+    norm_in_backbone: bool  # the norm is the encoder's last one: folding there scales its output too
+    tied_to: str | None  # the input embedding's name where the matrix is the same tensor
+    factor: float = 1.0
+    softcap: float | None = None
+
+
+# --- training: one step, the ranking at the end, the whole run -----------------------------------------
+
+
+@dataclass(frozen=True)
+class StepRecord(Record):
+    """What one optimizer step showed, before its update unless said otherwise; floats are neither rounded nor
+    replaced. None: not observed on this step, or undefined (a cosine needs two texts that are not empty).
+    """
+
+    step: int  # optimizer steps done before this one
+    lr: float  # of the encoder, as used by this step
+    head_lr: float  # of the untied head; the encoder's where the head is tied
+    lambda_query: float  # as used by this step
+    lambda_document: float
+    # the loss and its parts
+    loss: float  # ranking_loss + weighted_reg_query + weighted_reg_document
+    ranking_loss: float
+    reg_query: float  # the configured regularizer, unweighted
+    reg_document: float
+    weighted_reg_query: float  # lambda_query * reg_query
+    weighted_reg_document: float
+    regularizer_share: float  # weighted regularizers over the loss
+    loss_over_ln_n: float  # in-batch contrastive loss at the temperature, over ln N; 1 is chance
+    # scores, in batch, before the temperature
+    batch_accuracy: float  # share of queries whose positive beats every other candidate; ties count against
+    score_mean: float
+    score_sd: float
+    score_margin: float  # mean positive score less mean score of the other candidates
+    # representations; documents are positives and hard negatives together
+    active_dims_query: float  # mean number per text
+    active_dims_document: float
+    empty_query: float  # share of texts
+    empty_document: float
+    mean_weight_query: float  # over all terms and texts
+    mean_weight_document: float
+    max_weight_query: float
+    max_weight_document: float
+    flops_reg_query: float  # sum over terms of (mean activation)^2
+    flops_reg_document: float
+    flops_cost: float  # sum over terms of p_q p_d, expected multiplications per pair
+    cosine_query: float | None  # mean over pairs of different texts
+    cosine_document: float | None
+    coverage: float  # share of terms active in any text of the batch
+    saturation: float  # share of terms active in every text of the batch
+    # gradients and the update
+    grad_norm: float  # before clipping, after unscaling
+    grad_norm_head: float
+    grad_norm_encoder: float
+    clip_factor: float  # what the gradients were multiplied by
+    skipped: bool  # the fp16 scaler found a non-finite gradient and left the weights alone
+    update_ratio: float | None  # ||dW|| / ||W|| of the head's matrix, this step
+    head_norm: float  # Frobenius, after the step
+    head_norm_drift: float  # head_norm over that at the start of training
+    loss_scale: float | None  # of the fp16 scaler
+    # the machine
+    memory: int  # peak bytes: of the device, or resident on a CPU
+    seconds: float
+    non_finite: int  # how many of the numbers above are not finite
+
+
+@dataclass(frozen=True)
+class RankMetrics(Record):
+    """Each query's own document among all documents; ties are broken against us (worst rank)."""
+
+    queries: int
+    candidates: int
+    mrr_at_10: float | None  # None where there are fewer than 10 candidates
+    recall_at_1: float
+    mean_rank: float
+    chance_mrr_at_10: float | None  # of a random order
+    active_dims_query: float
+    active_dims_document: float
+    flops_cost: float
+    cosine_document: float | None
+
+
+@dataclass(frozen=True)
+class RunEnd(Record):
+    """The end of a run in numbers, for labels that are given from the end alone."""
+
+    steps: int
+    lr_sum: float  # of the steps that were run
+    lr_sum_share: float  # of the whole horizon's
+    non_finite_steps: int  # steps with a number that is not finite
+    skipped_steps: int
+    tail_steps: int  # the last tenth of the run, at least one step
+    tail: dict[str, float | None]  # mean of every number of the step records over these
+    ranking: RankMetrics | None
+
+
+@dataclass(frozen=True)
+class TrainingRun(Record):
+    """One training: its configuration, every step, and how it ended."""
+
+    config: dict[str, Any]
+    status: str  # "finished", "stopped" (by the caller), "non-finite" (weights are NaN) or "interrupted"
+    steps: tuple[StepRecord, ...]
+    end: RunEnd
+    device: str
+    device_reason: str
+    candidates: int  # N of the contrastive loss
+    pairs: int
+    vocab_size: int
+    width: int
+    head_tied: bool
+    head_norm_start: float  # after the constant was applied
+    head_parameters: int
+    encoder_parameters: int  # without those of the head
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrialArm(Record):
+    """One arm of a trial: the same data and seed, and its own way to start."""
+
+    name: str  # "calibrated" or "untouched"
+    run: TrainingRun
+
+
+SAMENESS_EXCLUDES = frozenset({"memory", "seconds", "device_reason"})
+"""Fields of these records that may differ between two runs of the same seed on the same device."""
