@@ -17,7 +17,6 @@ from headscale.errors import UnsupportedHeadError
 from headscale.records import Head
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 # Departure from linearity allowed, as a share of the largest logit: some hundred times the rounding unit.
@@ -37,7 +36,7 @@ class Product:
     blocks: tuple[Tensor, ...] = field(default=())  # what the operand was concatenated from
 
 
-class _Found(Exception):  # noqa: N818 - control flow, never an error
+class _Found(Exception):
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.features = features
@@ -60,7 +59,7 @@ def _watcher(vocab_size: int, seen: list[Product], *, stop: bool = False) -> Any
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             kwargs = kwargs or {}
-            operand = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
+            operand: Any = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
             straight = func is linear and operand.shape[0] == vocab_size
             turned = func in matmuls and operand.dim() == 2 and operand.shape[-1] == vocab_size
             if (straight or turned) and stop:
@@ -174,9 +173,7 @@ def _find(model: nn.Module) -> Head:
     tensors = _all_tensors(model)
     matrix = _names_of(product, tensors)
     if not matrix:
-        raise UnsupportedHeadError(
-            f"the vocabulary product of `{type(model).__name__}` uses no parameter of the model"
-        )
+        raise UnsupportedHeadError(f"the vocabulary product of `{type(model).__name__}` uses no parameter of the model")
     weight = _as_rows(product)  # (vocab, width)
     bias = _live_bias(model, product, logits, tensors, batch)
     factor, softcap = _factor(product, logits, None if bias is None else tensors[bias], config, weight)
@@ -217,7 +214,7 @@ def _describe(
     )
 
 
-# --- observing -------------------------------------------------------------------------------------------------
+# --- observing -------------------------------------------------------------------------------------------
 
 
 def _text_config(config: Any) -> Any:
@@ -279,9 +276,7 @@ def _norm_outputs(model: nn.Module, seen: list[tuple[str, Tensor]]) -> Iterator[
         return hook
 
     handles = [
-        module.register_forward_hook(remember(name))
-        for name, module in model.named_modules()
-        if _is_gain(module)
+        module.register_forward_hook(remember(name)) for name, module in model.named_modules() if _is_gain(module)
     ]
     try:
         yield
@@ -300,12 +295,12 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     return a.numel() == b.numel() and bool((a.reshape(-1) == b.reshape(-1)).all())
 
 
-# --- matching tensors to names ---------------------------------------------------------------------------------
+# --- matching tensors to names ---------------------------------------------------------------------------
 
 
 def _all_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every name of every parameter and buffer; tied tensors appear under each of their names."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
 
@@ -335,16 +330,14 @@ def _input_embedding(model: Any) -> str | None:
         module = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return next(
-        (f"{n}.weight" for n, m in model.named_modules() if m is module and hasattr(m, "weight")), None
-    )
+    return next((f"{n}.weight" for n, m in model.named_modules() if m is module and hasattr(m, "weight")), None)
 
 
 def _as_rows(product: Product) -> Tensor:
     return product.weight.t() if product.transposed else product.weight
 
 
-# --- the bias, the factor, the norm ----------------------------------------------------------------------------
+# --- the bias, the factor, the norm ----------------------------------------------------------------------
 
 
 def _live_bias(
@@ -357,8 +350,9 @@ def _live_bias(
     """The vocabulary-sized tensor that moves the logits when it is moved; not merely one with a likely name."""
     vocab_size = logits.shape[-1]
     candidates = [n for n, t in tensors.items() if t.numel() == vocab_size and t.is_floating_point()]
-    if product.bias is not None:
-        candidates.sort(key=lambda n: not _same_storage(tensors[n], product.bias))
+    passed = product.bias
+    if passed is not None:  # the most likely one first: one forward pass is then enough
+        candidates.sort(key=lambda n: not _same_storage(tensors[n], passed))
     tried: list[Tensor] = []
     for name in candidates:
         tensor = tensors[name]

@@ -151,9 +151,7 @@ LAYOUTS: dict[str, Layout] = {
     "electra": _electra("electra"),
     "ernie": _bert("ernie"),
     "esm": replace(_roberta("esm"), biases=("lm_head.bias",), refusal=_PROTEIN),
-    "esmc": replace(
-        _roberta("esmc"), embedding=None, biases=("lm_head.decoder.bias",), ties=False, refusal=_PROTEIN
-    ),
+    "esmc": replace(_roberta("esmc"), embedding=None, biases=("lm_head.decoder.bias",), ties=False, refusal=_PROTEIN),
     "eurobert": _causal(),
     "flaubert": _xlm(),
     "fnet": _bert("fnet"),
@@ -291,9 +289,7 @@ LAYOUTS: dict[str, Layout] = {
 
 _DEBERTA_TYPES = ("deberta", "deberta-v2")
 _LAST_LAYER_KEYS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "last": lambda c: (
-        int(c.get("n_layers") or c.get("decoder_layers") or c.get("num_hidden_layers") or 12) - 1
-    ),
+    "last": lambda c: int(c.get("n_layers") or c.get("decoder_layers") or c.get("num_hidden_layers") or 12) - 1,
     "last_decoder": lambda c: int(c.get("num_decoder_layers", 2)) - 1,
 }
 
@@ -307,9 +303,7 @@ def layout_for(config: dict[str, Any]) -> Layout | None:
     if model_type in _DEBERTA_TYPES and config.get("legacy") is False:
         layout = _deberta_enhanced(layout)
     if layout.norm and "{" in layout.norm:
-        layout = replace(
-            layout, norm=layout.norm.format(**{k: f(config) for k, f in _LAST_LAYER_KEYS.items()})
-        )
+        layout = replace(layout, norm=layout.norm.format(**{k: f(config) for k, f in _LAST_LAYER_KEYS.items()}))
     return layout
 
 

@@ -30,7 +30,7 @@ class Record:
         return result
 
 
-# --- the head ---------------------------------------------------------------------------------------------------
+# --- the head --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Head(Record):
     softcap: float | None = None
 
 
-# --- training: one step, the ranking at the end, the whole run -----------------------------------------
+# --- training: one step, the ranking at the end, the whole run -------------------------------------------
 
 
 @dataclass(frozen=True)
