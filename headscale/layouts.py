@@ -111,18 +111,12 @@ def _causal(*, ties: bool = False, one_plus: bool = False) -> Layout:
     )
 
 
-def _encoder_decoder(norm: str) -> Layout:
-    return Layout(
-        matrix=("lm_head.weight",),
-        embedding="model.shared.weight",
-        biases=("final_logits_bias",),
-        norm=norm,
-        base="model",
-        refusal="it is an encoder-decoder: its logits come from a decoder that reads the text shifted by one",
-    )
+def _refused(reason: str) -> Layout:
+    return Layout(matrix=(), embedding=None, biases=(), norm=None, base="", refusal=reason)
 
 
-_PROTEIN = "its vocabulary is an alphabet of amino acids, not terms of text"
+_PROTEIN = _refused("its vocabulary is an alphabet of amino acids, not terms of text")
+ENCODER_DECODER = "it is an encoder-decoder: its logits come from a decoder that reads the text shifted by one"
 
 LAYOUTS: dict[str, Layout] = {
     "albert": replace(
@@ -132,7 +126,7 @@ LAYOUTS: dict[str, Layout] = {
         norm="predictions.LayerNorm",
         dense="predictions.dense",
     ),
-    "bart": _encoder_decoder("model.decoder.layers.{last}.final_layer_norm"),
+    "bart": _refused(ENCODER_DECODER),
     "bert": _bert("bert"),
     "big_bird": _bert("bert"),
     "camembert": _roberta("roberta"),
@@ -150,8 +144,8 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "electra": _electra("electra"),
     "ernie": _bert("ernie"),
-    "esm": replace(_roberta("esm"), biases=("lm_head.bias",), refusal=_PROTEIN),
-    "esmc": replace(_roberta("esmc"), embedding=None, biases=("lm_head.decoder.bias",), ties=False, refusal=_PROTEIN),
+    "esm": _PROTEIN,
+    "esmc": _PROTEIN,
     "eurobert": _causal(),
     "flaubert": _xlm(),
     "fnet": _bert("fnet"),
@@ -176,7 +170,7 @@ LAYOUTS: dict[str, Layout] = {
         embedding=None,
         entangled=(("entity_predictions.decoder.weight", "luke.entity_embeddings.entity_embeddings.weight"),),
     ),
-    "mbart": _encoder_decoder("model.decoder.layer_norm"),
+    "mbart": _refused(ENCODER_DECODER),
     "megatron-bert": _bert("bert"),
     "mobilebert": replace(
         _bert("mobilebert"), matrix=("cls.predictions.decoder.weight", "cls.predictions.dense.weight")
@@ -211,7 +205,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "mpnet": _roberta("mpnet"),
     "mra": _bert("mra"),
-    "mvp": _encoder_decoder("model.decoder.layers.{last}.final_layer_norm"),
+    "mvp": _refused(ENCODER_DECODER),
     "neomme": Layout(
         matrix=("lm_head.weight",),
         embedding="model.embed_tokens.word_embeddings.weight",
@@ -222,14 +216,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "nomic_bert": _bert("nomic_bert", norm="layer_norm"),
     "nystromformer": _bert("nystromformer"),
-    "perceiver": Layout(
-        matrix=(),
-        embedding=None,
-        biases=(),
-        norm=None,
-        base="perceiver",
-        refusal="it reads bytes: its vocabulary holds no terms, and its logits belong to fixed positions",
-    ),
+    "perceiver": _refused("it reads bytes: its vocabulary holds no terms, and its logits belong to fixed positions"),
     "reformer": Layout(
         matrix=("lm_head.decoder.weight",),
         embedding=None,
@@ -289,7 +276,7 @@ LAYOUTS: dict[str, Layout] = {
 
 _DEBERTA_TYPES = ("deberta", "deberta-v2")
 _LAST_LAYER_KEYS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "last": lambda c: int(c.get("n_layers") or c.get("decoder_layers") or c.get("num_hidden_layers") or 12) - 1,
+    "last": lambda c: int(c.get("n_layers", 12)) - 1,
     "last_decoder": lambda c: int(c.get("num_decoder_layers", 2)) - 1,
 }
 
