@@ -15,13 +15,13 @@ import numpy as np
 from headscale.errors import NotFoundError, UnreadableError, UsageError
 from headscale.files import (
     DOWNLOAD_AGAIN,
-    WEIGHT_LAYOUTS,
     ByteReader,
     Files,
     LocalFiles,
+    join_name,
     load_json,
+    locate_weights,
     model_folder,
-    shard_names,
 )
 from headscale.tensorfile import DTYPE_BITS, STORED, TensorInfo, decode, header_length, parse_header
 
@@ -127,8 +127,8 @@ class Checkpoint:
         if not self.is_safetensors:
             yield from self._torch_blocks(info, rows, row_shape, step)
             return
-        label = f"`{name}` of `{self.name}`"
-        with closing(self._files.reader(self._at_root(info.file), info.start, info.end, label)) as reader:
+        where = self._at_root(info.file)
+        with closing(self._files.reader(where, info.start, info.end, f"`{name}`")) as reader:
             for first in range(0, rows, step):
                 raw = np.empty(min(step, rows - first) * width * DTYPE_BITS[info.dtype] // 8, np.uint8)
                 self._fill(reader, raw.data)
@@ -151,9 +151,7 @@ class Checkpoint:
 
             yield from raw_blocks(self._state(info.file)[name], max_bytes)
             return
-        with closing(
-            self._files.reader(self._at_root(info.file), info.start, info.end, f"`{name}`")
-        ) as reader:
+        with closing(self._files.reader(self._at_root(info.file), info.start, info.end, f"`{name}`")) as reader:
             for first in range(0, info.nbytes, max_bytes):
                 block = memoryview(bytearray(min(max_bytes, info.nbytes - first)))
                 self._fill(reader, block)
@@ -161,9 +159,7 @@ class Checkpoint:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise NotFoundError(
-                f"`{self.name}` has no tensor `{name}`", "check the name against the file's own keys"
-            )
+            raise NotFoundError(f"`{self.name}` has no tensor `{name}`", "check the name against the file's own keys")
         info = self.tensors[name]
         if info.dtype not in STORED:
             raise UnreadableError(
@@ -178,13 +174,13 @@ class Checkpoint:
         self.bytes_read += reader.received - before
 
     def _at_root(self, filename: str) -> str:
-        return f"{self.subfolder}/{filename}" if self.subfolder else filename
+        return join_name(self.subfolder, filename)
 
     def _candidates(self, filename: str) -> tuple[str, ...]:
         return (self._at_root(filename), filename) if self.subfolder else (filename,)
 
     def _json_in(self, folder: str, filename: str) -> dict[str, Any] | None:
-        name = f"{folder}/{filename}" if folder else filename
+        name = join_name(folder, filename)
         if not self._files.has(name):
             return None
         found = load_json(self._files.path(name), name)
@@ -193,36 +189,23 @@ class Checkpoint:
         return found
 
     def _locate_weights(self) -> tuple[str, tuple[str, ...]]:
-        names = self.filenames()
-        for single, index in WEIGHT_LAYOUTS:
-            if single in names:
-                return "", (single,)
-            if index in names:
-                return index, self._shards(index, names)
-        raise _no_weights(self.name, names, self.origin)
-
-    def _shards(self, index: str, names: tuple[str, ...]) -> tuple[str, ...]:
-        shards = shard_names(self._json_in(self.subfolder, index) or {}, index)
-        missing = [
-            shard for shard in shards if shard not in names and not self._files.has(self._at_root(shard))
-        ]
+        found = locate_weights(self._files, self.subfolder)
+        if found is None:
+            raise _no_weights(self.name, self.filenames(), self.origin)
+        missing = [shard for shard in found[1] if not self._files.has(self._at_root(shard))]
         if missing:
             raise NotFoundError(
-                f"`{self.name}` lacks {len(missing)} of {len(shards)} shards, among them `{missing[0]}`",
+                f"`{self.name}` lacks {len(missing)} of {len(found[1])} weight files, among them `{missing[0]}`",
                 "download the checkpoint again",
             )
-        return shards
+        return found
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
         for shard in self.weight_files:
-            for key, info in (
-                self._header(shard) if self.is_safetensors else self._torch_header(shard)
-            ).items():
+            for key, info in (self._header(shard) if self.is_safetensors else self._torch_header(shard)).items():
                 tensors.setdefault(key, info)
-        weight_map = (
-            (self._json_in(self.subfolder, self.index_file) or {})["weight_map"] if self.index_file else {}
-        )
+        weight_map = (self._json_in(self.subfolder, self.index_file) or {})["weight_map"] if self.index_file else {}
         absent = [key for key in weight_map if key not in tensors]
         if absent:
             raise UnreadableError(
@@ -241,7 +224,7 @@ class Checkpoint:
 
     def _bytes(self, name: str, start: int, end: int) -> bytes:
         buffer = bytearray(end - start)
-        with closing(self._files.reader(name, start, end, f"the header of `{name}`")) as reader:
+        with closing(self._files.reader(name, start, end, "")) as reader:
             self._fill(reader, memoryview(buffer))
         return bytes(buffer)
 
@@ -256,10 +239,7 @@ class Checkpoint:
         from headscale.torchfile import describe
 
         described = describe(self._state(shard))
-        return {
-            key: TensorInfo(key, dtype, shape, shard, 0, size)
-            for key, (dtype, shape, size) in described.items()
-        }
+        return {key: TensorInfo(key, dtype, shape, shard, 0, size) for key, (dtype, shape, size) in described.items()}
 
     def _torch_blocks(
         self, info: TensorInfo, rows: int, row_shape: tuple[int, ...], step: int
@@ -341,29 +321,19 @@ def _no_such_path(text: str, path: Path) -> NotFoundError:
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     hint = (
-        f"did you mean `{path.parent / close[0]}`?"
-        if close
-        else "check the path; a hub id has no leading dot or slash"
+        f"did you mean `{path.parent / close[0]}`?" if close else "check the path; a hub id has no leading dot or slash"
     )
     return NotFoundError(f"no file or directory `{text}`", hint)
 
 
 def _no_weights(name: str, names: tuple[str, ...], origin: str) -> NotFoundError:
     if "adapter_config.json" in names:
-        return NotFoundError(
-            f"`{name}` holds only an adapter", "merge it into its base model and save that first"
-        )
-    other = [
-        entry
-        for entry in names
-        if entry.endswith((".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".safetensors"))
-    ]
+        return NotFoundError(f"`{name}` holds only an adapter", "merge it into its base model and save that first")
+    other = [entry for entry in names if entry.endswith((".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".safetensors"))]
     if other:
         return NotFoundError(
             f"`{name}` has no `model.safetensors` or `pytorch_model.bin`, only `{other[0]}`",
             "convert it with `from_pretrained` and `save_pretrained` first",
         )
     where = "repository" if origin == "hub" else "directory"
-    return NotFoundError(
-        f"the {where} `{name}` holds no model weights", "give a folder with `model.safetensors`"
-    )
+    return NotFoundError(f"the {where} `{name}` holds no model weights", "give a folder with `model.safetensors`")

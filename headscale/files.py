@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -17,6 +18,15 @@ WEIGHT_LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+
+# Weights of the same model in another format, by the names that transformers, optimum and others give them, and
+# training state: stale as soon as a tensor is edited.
+_OTHER_FORMATS = (
+    *("model*.safetensors", "model*.safetensors.index.json", "consolidated*", "*.gguf", "rust_model.ot"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model*.h5*", "flax_model*.msgpack*"),
+    *("*.onnx", "*.onnx_data", "openvino_model*", "*.tflite", "optimizer.pt", "optimizer.bin"),
+)
+_OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", ".git", ".cache", "__pycache__")
 
 
 class ByteReader(Protocol):
@@ -51,7 +61,7 @@ class Files(Protocol):
         """Size of the file in bytes."""
 
     def reader(self, name: str, start: int, end: int, what: str) -> ByteReader:
-        """A reader of the bytes from `start` to `end`; `what` names them to the user."""
+        """A reader of the bytes from `start` to `end`; `what` names them to the user, if not empty."""
 
 
 class _FileReader:
@@ -61,9 +71,7 @@ class _FileReader:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise UnreadableError(
-                f"`{path}` cannot be opened: {error.strerror}", "check the permissions"
-            ) from error
+            raise UnreadableError(f"`{path}` cannot be opened: {error.strerror}", "check the permissions") from error
         self._label, self._position, self.received = label, start, 0
 
     def readinto(self, buffer: memoryview) -> None:
@@ -71,9 +79,7 @@ class _FileReader:
         while filled < len(buffer):
             count = os.preadv(self._descriptor, [buffer[filled:]], self._position)
             if count == 0:
-                raise UnreadableError(
-                    f"`{self._label}` is truncated: it ends at byte {self._position}", DOWNLOAD_AGAIN
-                )
+                raise UnreadableError(f"`{self._label}` is truncated: it ends at byte {self._position}", DOWNLOAD_AGAIN)
             filled += count
             self._position += count
         self.received += filled
@@ -114,15 +120,42 @@ def model_folder(files: Files) -> str:
     modules = load_json(files.path("modules.json"), "modules.json") if files.has("modules.json") else []
     for module in modules if isinstance(modules, list) else []:
         kind, folder = str(module.get("type", "")), str(module.get("path", ""))
-        if kind.endswith("Router") and files.has(_join(folder, "router_config.json")):
+        if kind.endswith("Router") and files.has(join_name(folder, "router_config.json")):
             folder = _routed(
-                load_json(files.path(_join(folder, "router_config.json")), "router_config.json"), folder
+                load_json(files.path(join_name(folder, "router_config.json")), "router_config.json"), folder
             )
         elif not kind.endswith("Transformer"):
             continue
-        if files.has(_join(folder, "config.json")):
+        if files.has(join_name(folder, "config.json")):
             return folder
     return ""
+
+
+def locate_weights(files: Files, folder: str) -> tuple[str, tuple[str, ...]] | None:
+    """The shard index (empty for a single file) and the weight files of a model's folder, None when it has none."""
+    names = files.names(folder)
+    for single, index in WEIGHT_LAYOUTS:
+        if single in names:
+            return "", (single,)
+        if index in names:
+            return index, shard_names(load_json(files.path(join_name(folder, index)), index), index)
+    return None
+
+
+def left_out(name: str, folder: str, used: Collection[str]) -> bool:
+    """Whether a full copy does without the file (named from the root): other formats, training state, caches.
+
+    Args:
+        name: the file, relative to the root.
+        folder: the model's folder.
+        used: the weight files and their index, relative to the root.
+    """
+    inside = PurePosixPath(name.removeprefix(f"{folder}/") if folder else name)
+    if name in used:
+        return False
+    if any(parent in _OTHER_FOLDERS for parent in PurePosixPath(name).parts[:-1]):
+        return True
+    return len(inside.parts) == 1 and any(fnmatch(inside.name, pattern) for pattern in _OTHER_FORMATS)
 
 
 def load_json(path: Path, label: str) -> Any:
@@ -132,27 +165,22 @@ def load_json(path: Path, label: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"`{label}` is not valid JSON: {error}", DOWNLOAD_AGAIN) from error
     except OSError as error:
-        raise UnreadableError(
-            f"`{label}` cannot be read: {error.strerror}", "check the permissions"
-        ) from error
+        raise UnreadableError(f"`{label}` cannot be read: {error.strerror}", "check the permissions") from error
 
 
-def shard_names(index: Mapping[str, Any], label: str) -> tuple[str, ...]:
+def shard_names(index: Any, label: str) -> tuple[str, ...]:
     """The files that a shard index names, in order; a name that leaves the folder is refused."""
-    weight_map = index.get("weight_map")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableError(f"`{label}` has no `weight_map`", DOWNLOAD_AGAIN)
     for shard in weight_map.values():
-        if (
-            not isinstance(shard, str)
-            or PurePosixPath(shard).is_absolute()
-            or ".." in PurePosixPath(shard).parts
-        ):
+        if not isinstance(shard, str) or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
             raise UnreadableError(f"`{label}` names a file outside the checkpoint: `{shard}`", DOWNLOAD_AGAIN)
     return tuple(sorted(set(weight_map.values())))
 
 
-def _join(folder: str, name: str) -> str:
+def join_name(folder: str, name: str) -> str:
+    """A file's name relative to the root."""
     return f"{folder}/{name}" if folder else name
 
 
@@ -161,6 +189,4 @@ def _routed(config: Any, folder: str) -> str:
     structure = config.get("structure", {})
     chain: list[str] = structure.get("document") or next(iter(structure.values()), [])
     kinds = config.get("types", {})
-    return next(
-        (_join(folder, key) for key in chain if str(kinds.get(key, key)).endswith("Transformer")), folder
-    )
+    return next((join_name(folder, key) for key in chain if str(kinds.get(key, key)).endswith("Transformer")), folder)

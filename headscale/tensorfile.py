@@ -87,9 +87,7 @@ def parse_header(raw: bytes, label: str, size: int) -> Header:
         data_start = 8 + len(raw)
         tensors = {name: _tensor_info(name, entry, label, data_start) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UnreadableError(
-            f"`{label}` has a garbled safetensors header: {error}", DOWNLOAD_AGAIN
-        ) from error
+        raise UnreadableError(f"`{label}` has a garbled safetensors header: {error}", DOWNLOAD_AGAIN) from error
     _check_ranges(tensors.values(), label, data_start, size)
     return Header(tensors, metadata, data_start)
 
@@ -126,9 +124,7 @@ def _check_ranges(tensors: Any, label: str, data_start: int, size: int) -> None:
     for info in sorted(tensors, key=lambda info: (info.start, info.end)):
         if info.start != position:
             fault = "overlaps" if info.start < position else "leaves a gap after"
-            raise UnreadableError(
-                f"`{label}` is corrupt: `{info.name}` {fault} the tensor before it", DOWNLOAD_AGAIN
-            )
+            raise UnreadableError(f"`{label}` is corrupt: `{info.name}` {fault} the tensor before it", DOWNLOAD_AGAIN)
         position = info.end
     if position > size:
         raise UnreadableError(

@@ -105,9 +105,7 @@ def _check_complete(path: Path, label: str) -> None:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
-        raise UnreadableError(
-            f"`{label}` cannot be read: {error.strerror}", "check the permissions"
-        ) from error
+        raise UnreadableError(f"`{label}` cannot be read: {error.strerror}", "check the permissions") from error
     if start.startswith(b"version https://git-lfs"):
         raise UnreadableError(f"`{label}` is a git-lfs pointer, not the file itself", "run `git lfs pull`")
 
