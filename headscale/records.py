@@ -175,3 +175,51 @@ class TrialArm(Record):
 
 SAMENESS_EXCLUDES = frozenset({"memory", "seconds", "device_reason"})
 """Fields of these records that may differ between two runs of the same seed on the same device."""
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+ROW_NORM_QUANTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class WeightStatistics(Record):
+    """Norms of the MLM head, computed in float64 from the stored values. Norms are L2 throughout."""
+
+    frobenius: float  # of the whole matrix
+    rms: float  # frobenius / sqrt(rows x width)
+    row_norm_mean: float
+    row_norm_sd: float
+    row_norm_min: float
+    row_norm_max: float
+    row_norm_quantiles: tuple[float, ...]  # at ROW_NORM_QUANTILES percent
+    special_rows: int
+    special_row_norm_mean: float | None
+    unused_rows: int  # `[unused..]` entries and rows beyond the tokenizer's last id
+    unused_row_norm_mean: float | None
+    zero_rows: int
+    bias_norm: float | None
+    bias_mean: float | None
+    bias_min: float | None
+    bias_max: float | None
+    gain_mean: float | None  # of the feeding norm
+    gain_rms: float | None
+    effective_norm: float  # Frobenius norm of matrix x diag(gain); the plain one where no norm feeds it
+    spectral_norm: float | None = None
+    stable_rank: float | None = None  # frobenius^2 / spectral_norm^2
+    singular_values: tuple[float, ...] | None = None  # descending
+
+
+@dataclass(frozen=True)
+class VocabularyStatistics(Record):
+    """What kind of vocabulary the terms come from; the rival explanation of arXiv 2607.00004."""
+
+    size: int
+    special: int
+    unused: int
+    cased: bool
+    uppercase_share: float  # terms with an upper-case letter
+    case_variant_share: float  # terms that equal another term but for case
+    space_variant_share: float  # terms that equal another term but for the word-start or continuation mark
+    punctuation_variant_share: float  # terms that equal another term but for punctuation around it
+    variant_share: float  # terms that equal another term but for any of these

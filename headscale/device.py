@@ -1,0 +1,117 @@
+"""Which device a run takes and why, and how much memory it has taken."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from headscale.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device of torch, and the sentence that says why it was taken."""
+
+    name: str
+    reason: str
+
+
+def choose_device(requested: str = "auto", *, precision: str = "fp32") -> DeviceChoice:
+    """CUDA where there is a device, else MPS, else the CPU; or what was asked for, if it exists.
+
+    Args:
+        requested: "auto", "cuda", "cuda:1", "mps" or "cpu".
+        precision: "fp32", "bf16" or "fp16"; one that the device cannot run is an error.
+
+    Raises:
+        UsageError: no such device, or a precision it has not.
+    """
+    choice = _found() if requested == "auto" else _asked(requested)
+    if precision == "bf16" and not _has_bf16(choice.name):
+        raise UsageError(f"`{choice.name}` has no bf16", "use the precision `fp16` or `fp32`")
+    return choice
+
+
+def _found() -> DeviceChoice:
+    import torch
+
+    if torch.cuda.is_available():
+        return DeviceChoice("cuda", f"CUDA: {torch.cuda.get_device_name()}")
+    if torch.backends.mps.is_available():
+        return DeviceChoice("mps", "MPS: no CUDA device was found")
+    return DeviceChoice("cpu", f"CPU with {torch.get_num_threads()} threads: no CUDA or MPS device was found")
+
+
+def _asked(requested: str) -> DeviceChoice:
+    import torch
+
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise UsageError(f"no device is called `{requested}`", "one of auto, cpu, cuda, mps") from None
+    missing = (
+        (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count())
+        or (device.type == "mps" and not torch.backends.mps.is_available())
+        or device.type not in ("cpu", "cuda", "mps")
+    )
+    if missing:
+        raise UsageError(f"the device `{requested}` was not found here", f"use `auto`, now {_found().name}")
+    return DeviceChoice(requested, "asked for")
+
+
+def _has_bf16(name: str) -> bool:
+    import torch
+
+    return not name.startswith("cuda") or torch.cuda.is_bf16_supported()
+
+
+def reset_peak_memory(name: str) -> None:
+    """Start counting `peak_memory` anew where the device can."""
+    import torch
+
+    if name.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(name)
+
+
+def peak_memory(name: str) -> int:
+    """Peak bytes: allocated on a GPU since the reset; resident, of the whole process so far, on a CPU."""
+    import torch
+
+    if name.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(name)
+    if name.startswith("mps"):
+        return torch.mps.driver_allocated_memory()
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+@contextlib.contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Random numbers from `seed` and deterministic kernels inside; torch's state as before on leaving."""
+    import torch
+
+    cuda = name.startswith("cuda")
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    with torch.random.fork_rng(devices=[name] if cuda else []), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        if cuda:  # CPU kernels used here are deterministic as they are
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,100 @@
+"""From texts to SPLADE representations, through a loaded head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headscale.pooling import splade_pool
+
+if TYPE_CHECKING:
+    from headscale.head import LoadedHead
+
+
+class SpladeEncoder:
+    """Tokenizes, runs the model up to the vocabulary product, and pools.
+
+    Args:
+        head: a model's head, as `load_head` gives it; `head.factor` is part of every logit.
+        tokenizer: the model's, from transformers.
+        scale: the constant multiplied onto the logits in forward; 1 where it is in the weights.
+        scale_bias: whether that constant covers the vocabulary bias.
+        mask_special_tokens: leave the positions of special tokens out of the pooling.
+    """
+
+    def __init__(
+        self,
+        head: LoadedHead,
+        tokenizer: Any,
+        *,
+        scale: float = 1.0,
+        scale_bias: bool = True,
+        mask_special_tokens: bool = False,
+    ) -> None:
+        self.head = head
+        self.tokenizer = tokenizer
+        self.scale = scale
+        self.scale_bias = scale_bias
+        self.mask_special_tokens = mask_special_tokens
+        self.accepted = frozenset(inspect.signature(head.model.forward).parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.head.weight.device
+
+    def tokenize(self, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+        """Token tensors of shape (batch, seq), padded to the longest text, and the mask the pooling uses."""
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt",
+            return_attention_mask=True, return_special_tokens_mask=self.mask_special_tokens,
+        )  # fmt: skip
+        tokens = {name: value.to(self.device) for name, value in batch.items()}
+        special = tokens.pop("special_tokens_mask", None)
+        mask = tokens["attention_mask"]
+        tokens["pooling_mask"] = mask if special is None else mask * (1 - special)
+        return tokens
+
+    def pool(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Representations (batch, vocab) of what `tokenize` gave, with their graph."""
+        inputs = {name: value for name, value in tokens.items() if name in self.accepted}
+        features = self.head.features(**inputs)  # (batch, seq, width)
+        scale = self.scale
+        if not self.scale_bias and scale != 1.0:  # scaling the features scales the product and spares the bias
+            features, scale = features * scale, 1.0
+        factor = self.head.head.factor
+        return splade_pool(features, self.head.weight, self.head.bias, tokens["pooling_mask"], scale=scale * factor)
+
+    def __call__(self, texts: Sequence[str], max_length: int) -> Tensor:
+        """Representations (batch, vocab) of texts, with their graph."""
+        return self.pool(self.tokenize(texts, max_length))
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, max_length: int, batch_size: int = 64) -> Tensor:
+        """Representations of any number of texts, in evaluation mode and without graph.
+
+        Args:
+            texts: n texts; they are batched by length and come back in their own order.
+            max_length: tokens, special ones included.
+            batch_size: texts at once.
+
+        Returns:
+            (n, vocab) float32 on the CPU.
+        """
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        reps = torch.zeros(len(texts), self.head.vocab_size)
+        model = self.head.model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                reps[rows] = self([texts[i] for i in rows], max_length).float().cpu()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return reps
