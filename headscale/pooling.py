@@ -53,7 +53,7 @@ def max_logits(
         UsageError: shapes do not fit each other.
     """
     with torch.no_grad():
-        hidden, weight, bias, mask = _prepared(hidden, weight, bias, attention_mask)
+        mask = _checked_mask(hidden, weight, bias, attention_mask)
         if _resolved(implementation, hidden, weight) == "reference":
             return _reference_max(hidden, weight, bias, mask)
         return _tiled_max_logits(hidden, weight, bias, mask)
@@ -90,10 +90,11 @@ def splade_pool(
     """
     if not scale > 0:
         raise UsageError(f"`scale` must be positive, not {scale}", "a factor of 0 or less empties every text")
-    hidden, weight, bias, mask = _prepared(hidden, weight, bias, attention_mask)
+    mask = _checked_mask(hidden, weight, bias, attention_mask)
     if _resolved(implementation, hidden, weight) == "reference":
         return _reference_pool(hidden, weight, bias, mask, scale)
-    return _tiled_pool(hidden, weight, bias, mask, scale)
+    pooled: Tensor = _tiled_pool(hidden, weight, bias, mask, scale)
+    return pooled
 
 
 def splade_pool_reference(
@@ -155,10 +156,8 @@ class SpladeHead(nn.Module):
         )
 
 
-def _prepared(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check the shapes, and bring everything to one dtype (autocast's where it is on)."""
+def _checked_mask(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The mask as booleans, once the shapes are seen to fit."""
     if hidden.dim() != 3 or weight.dim() != 2 or hidden.shape[2] != weight.shape[1]:
         raise UsageError(
             f"`hidden` {tuple(hidden.shape)} and `weight` {tuple(weight.shape)} do not fit each other",
@@ -167,33 +166,29 @@ def _prepared(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise UsageError(f"`bias` {tuple(bias.shape)} does not fit `weight`", "it must be (vocab,)")
     if mask is not None and mask.shape != hidden.shape[:2]:
-        raise UsageError(
-            f"`attention_mask` {tuple(mask.shape)} does not fit `hidden`", "it must be (batch, seq)"
-        )
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    cast_bias = None if bias is None else bias.to(dtype)
-    return hidden.to(dtype), weight.to(dtype), cast_bias, None if mask is None else mask.bool()
+        shape = tuple(mask.shape)
+        raise UsageError(f"`attention_mask` {shape} does not fit `hidden`", "it must be (batch, seq)")
+    return None if mask is None else mask.bool()
 
 
 def _resolved(implementation: str, hidden: Tensor, weight: Tensor) -> str:
     if implementation == "auto":
         return choose_implementation(hidden, weight)
     if implementation not in ("reference", "tiled"):
-        raise UsageError(
-            f"`implementation` is not known: `{implementation}`", "one of auto, reference, tiled"
-        )
+        known = "one of auto, reference, tiled"
+        raise UsageError(f"`implementation` is not known: `{implementation}`", known)
     return implementation
 
 
 def _reference_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> MaxLogits:
-    batch, seq, _ = hidden.shape
-    if not seq:
-        shape = (batch, len(weight))
-        empty = hidden.new_full(shape, -torch.inf, dtype=tiled.accumulator(hidden.dtype))
+    dtype = tiled.compute_dtype(hidden, weight)
+    shape = (len(hidden), len(weight))
+    if not hidden.shape[1]:
+        empty = hidden.new_full(shape, -torch.inf, dtype=tiled.accumulator(dtype))
         return MaxLogits(empty, torch.full(shape, -1, device=hidden.device))
-    logits = linear(hidden, weight, bias).to(tiled.accumulator(hidden.dtype))  # (batch, seq, vocab)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = logits.to(tiled.accumulator(dtype))  # (batch, seq, vocab)
     if mask is not None:
         logits = logits.masked_fill(~mask[:, :, None], -torch.inf)
     values, positions = logits.max(1)
@@ -202,40 +197,27 @@ def _reference_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Te
     return MaxLogits(values, positions)
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
-def _reference_pool(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
-    values = _reference_max(hidden, weight, bias, mask).values
-    return torch.log1p(torch.relu(scale * values))
+def _reference_pool(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+    return torch.log1p(torch.relu(scale * _reference_max(hidden, weight, bias, mask).values))
 
 
 def _tiled_max_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> MaxLogits:
-    packing = tiled.pack(hidden, mask)
-    values, winners = tiled.tiled_max(packing, weight, bias, positions="all")
-    assert winners is not None
-    rows = winners.T.contiguous()  # (batch in packed order, vocab)
-    if packing.source is not None:
-        places = (packing.source % hidden.shape[1]).to(rows.dtype)
-        flat = packing.starts[:, None] + rows
-        empty = (packing.lengths == 0)[:, None]
-        rows = places[flat.masked_fill(empty, 0)].masked_fill(empty, -1) if len(places) else rows.fill_(-1)
-    if not hidden.shape[1]:
-        rows.fill_(-1)
-    return MaxLogits(_unpermuted(values.T, packing), _unpermuted(rows, packing))
+    packing = tiled.pack(hidden, mask, tiled.compute_dtype(hidden, weight))
+    values, winners = tiled.tiled_max(packing, weight, bias)
+    empty = (packing.lengths == 0)[:, None]
+    if packing.source is not None and len(packing.source):
+        places = (packing.source % hidden.shape[1]).to(winners.dtype)
+        winners = places[(packing.starts[:, None] + winners).masked_fill(empty, 0)]
+    winners = winners.masked_fill(empty, -1)
+    return MaxLogits(_unpacked(values, packing), _unpacked(winners, packing))
 
 
-def _unpermuted(by_column: Tensor, packing: tiled.Packing) -> Tensor:
-    if packing.order is None:
-        return by_column.contiguous()
-    return by_column[packing.order.argsort()]
+def _unpacked(by_place: Tensor, packing: tiled.Packing) -> Tensor:
+    return by_place if packing.order is None else by_place[packing.order.argsort()]
 
 
-@torch.compiler.disable
-def _tiled_pool(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _tiled_pool(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     result: Tensor = _PooledHead.apply(hidden, weight, bias, mask, scale)  # type: ignore[no-untyped-call]
     return result
 
@@ -245,41 +227,41 @@ class _PooledHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
     ) -> Tensor:
-        packing = tiled.pack(hidden, mask)
-        needed = any(ctx.needs_input_grad[:2])
-        values, winners = tiled.tiled_max(packing, weight, bias, positions="active" if needed else "none")
+        dtype = tiled.compute_dtype(hidden, weight)
+        packing = tiled.pack(hidden, mask, dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values, winners = tiled.tiled_max(packing, weight, bias)
         if any(ctx.needs_input_grad[:3]):
-            starts, source, order = packing.starts, packing.source, packing.order
-            ctx.save_for_backward(hidden, weight, values, winners, starts, source, order)
+            ctx.save_for_backward(hidden, weight, mask, values, winners)
             ctx.scale = scale
-            ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return torch.log1p(torch.relu(scale * _unpermuted(values.T, packing)))
+            ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.log1p(torch.relu(scale * _unpacked(values, packing)))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, values, winners, starts, source, order = ctx.saved_tensors
-        if order is not None:
-            grad = grad[order]
-        slope = torch.where(values <= 0, 0.0, ctx.scale / (1 + ctx.scale * values))  # (vocab, batch)
-        slope *= grad.T
-        grad_hidden = grad_weight = grad_bias = None
-        rows = None if winners is None else winners + starts
-        if ctx.needs_input_grad[0]:
-            packed = hidden.shape[0] * hidden.shape[1] if source is None else len(source)
-            by_token = tiled.hidden_gradient(weight, rows, slope, packed)
-            grad_hidden = _scattered(by_token, source, hidden)
-        if ctx.needs_input_grad[1]:
-            tokens = hidden.flatten(0, 1) if source is None else hidden.flatten(0, 1)[source]
-            grad_weight = tiled.weight_gradient(tokens, rows, slope).to(ctx.dtypes[1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = slope.sum(1).to(ctx.dtypes[2])
+        hidden, weight, mask, values, winners = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        packing = tiled.pack(hidden, mask, values.dtype)
+        slope = _slope(values, ctx.scale, grad if packing.order is None else grad[packing.order])
+        by_token, grad_weight = tiled.gradients(
+            packing, weight, winners, slope, need_hidden=need_hidden, need_weight=need_weight
+        )
+        grad_hidden = None if by_token is None else _scattered(by_token, packing.source, hidden)
+        grad_bias = slope.sum(0).to(ctx.bias_dtype) if need_bias else None
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
+def _slope(values: Tensor, scale: float, grad: Tensor) -> Tensor:
+    """Gradient of the maxima: 0 where the term is inactive, NaN where the maximum is."""
+    slope = scale / (scale * values + 1)
+    return slope.mul_(grad).masked_fill_(values <= 0, 0)
+
+
 def _scattered(by_token: Tensor, source: Tensor | None, hidden: Tensor) -> Tensor:
+    """Packed rows back at their places in (batch, seq, d), zeros elsewhere."""
     if source is None:
-        return by_token.to(hidden.dtype).view_as(hidden)
+        return by_token[: hidden.shape[0] * hidden.shape[1]].to(hidden.dtype).view(hidden.shape)
     full = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    full.flatten(0, 1)[source] = by_token.to(hidden.dtype)
+    full.view(-1, hidden.shape[2])[source] = by_token[: len(source)].to(hidden.dtype)
     return full
