@@ -159,7 +159,7 @@ def find_head(model: nn.Module) -> Head:
     """
     import torch
 
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         return _find(model)
 
 
@@ -250,7 +250,7 @@ def _observe(model: nn.Module, vocab_size: int, batch: Mapping[str, Tensor]) -> 
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes and random state as before on leaving."""
     import torch
 

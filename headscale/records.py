@@ -223,3 +223,103 @@ class VocabularyStatistics(Record):
     space_variant_share: float  # terms that equal another term but for the word-start or continuation mark
     punctuation_variant_share: float  # terms that equal another term but for punctuation around it
     variant_share: float  # terms that equal another term but for any of these
+
+
+# --- outputs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SideStatistics(Record):
+    """The pooled representations of all queries, or of all documents."""
+
+    texts: int
+    active_dims: float  # mean number of terms above zero per text
+    active_dims_p5: float
+    active_dims_p50: float
+    active_dims_p95: float
+    empty: float  # share of texts without any active term
+    mean_weight: float  # over all terms and texts
+    active_mean_weight: float  # over the active ones
+    max_weight: float
+    l1: float  # mean over texts of the sum of weights
+    l2: float  # mean over texts of the Euclidean norm
+    flops_reg: float  # sum over terms of (mean activation)^2
+    mean_cosine: float | None  # over pairs of different texts; None where fewer than two are not empty
+    special_share: float  # of the pooled mass, won by special tokens
+    first_position_share: float  # of the pooled mass, won by the first position
+    position_histogram: tuple[float, ...]  # share of the pooled mass by tenth of the text, special tokens included
+
+
+@dataclass(frozen=True)
+class OutputStatistics(Record):
+    """What a backbone's pooled head puts out at one constant, before any training."""
+
+    scale: float
+    shift: float  # added to the bias before the scale
+    candidates: int  # N: queries and documents per batch
+    batches: int
+    query: SideStatistics
+    document: SideStatistics
+    score_mean: float  # in batch, as unnormalized dot products
+    score_sd: float
+    score_max: float
+    score_margin: float  # mean positive score less the mean of the others
+    loss: float  # contrastive loss over N candidates, temperature 1
+    loss_over_ln_n: float
+    batch_accuracy: float
+    flops_cost: float  # expected multiplications per query-document pair
+    saturation: float  # share of the terms active in any document that are active in at least 90 % of them
+    coverage: float  # share of the vocabulary active in any document
+    common_terms: tuple[tuple[str, float], ...]  # the most widely shared terms and their share of documents
+    fp16_headroom: float  # 65,504 over the largest score
+    bf16_resolution: float  # spacing of bf16 numbers at the mean score, over the scores' sd
+    non_finite: int
+
+
+@dataclass(frozen=True)
+class LogitStatistics(Record):
+    """Raw logits of single positions at constant 1, over a sample of tokens and all terms."""
+
+    mean: float
+    sd: float
+    quantiles: tuple[float, ...]  # at ROW_NORM_QUANTILES percent
+    above_zero: float  # share
+    hidden_cosine: float  # mean cosine between the features of different tokens: anisotropy
+    hidden_norm: float  # mean Euclidean norm of a token's features
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GradientNorms(Record):
+    """Gradient norms of the contrastive loss of one batch, at step 0 and constant 1."""
+
+    head: float
+    encoder: float
+
+
+@dataclass(frozen=True)
+class ScaleCurve(Record):
+    """How the output statistics move with the constant; all points from one forward pass."""
+
+    scale: tuple[float, ...]
+    loss_over_ln_n: tuple[float, ...]
+    mean_weight: tuple[float, ...]  # of documents, as the following
+    l1: tuple[float, ...]
+    active_mean_weight: tuple[float, ...]
+    active_dims: tuple[float, ...]
+    score_sd: tuple[float, ...]
+    score_margin: tuple[float, ...]
+    flops_reg_query: tuple[float, ...]
+    flops_reg_document: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TextSettings(Record):
+    """Which texts were measured and how they were cut; statistics compare only where these agree."""
+
+    source: str  # "built-in" or the file's name
+    fingerprint: str
+    pairs: int
+    query_length: int
+    document_length: int
+    batch_size: int

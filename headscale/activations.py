@@ -1,0 +1,445 @@
+"""Statistics of the pooled head's outputs, for every constant from one forward pass.
+
+log1p(relu(.)) is monotone, so the representation at constant a is log1p(relu(a m)) where m is the largest logit of
+a term over the text: `observe` keeps m, and everything else here is a pure function of what it kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headscale.errors import UnreadableError, UsageError
+from headscale.records import (
+    ROW_NORM_QUANTILES,
+    GradientNorms,
+    LogitStatistics,
+    OutputStatistics,
+    ScaleCurve,
+    SideStatistics,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headscale.head import LoadedHead
+    from headscale.texts import Pair
+
+QUERY_LENGTH, DOCUMENT_LENGTH = 32, 128
+CANDIDATES = 32  # N of the loss at step 0, fixed so that losses compare across backbones
+FP16_MAX = 65_504.0
+_BF16_SPACING = 2.0**-7  # distance of neighbouring bf16 numbers, relative to the lower end of their binade
+_COMMON_TERMS = 10
+_WIDELY_SHARED = 0.9
+_SAMPLED_TOKENS = 256  # rows of raw logits for the logit statistics: 256 x V numbers pin the quantiles to ~1 %
+_HISTOGRAM_BINS = 10
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side's texts kept from the forward pass.
+
+    Attributes:
+        largest: (texts, vocab) float32, the largest logit of each term over the text.
+        positions: (texts, vocab) integer, where it was.
+        special: (texts, length) bool, which positions hold special tokens (padding is never a position).
+        lengths: (texts,) positions that are not padding.
+    """
+
+    largest: Tensor
+    positions: Tensor
+    special: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward pass over query-document pairs, enough for every constant."""
+
+    query: Side
+    document: Side
+    bias: Tensor | None  # (vocab,), needed only where the bias is kept while the matrix is scaled
+    logits: LogitStatistics
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How texts are cut and batched for a measurement, in tokens and texts."""
+
+    query_length: int = QUERY_LENGTH
+    document_length: int = DOCUMENT_LENGTH
+    batch_size: int = CANDIDATES
+
+
+def observe(
+    loaded: LoadedHead,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    encoding: Encoding = Encoding(),
+    *,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Observation:
+    """Run a model once over query-document pairs and keep each term's largest logit; the model stays as it was.
+
+    Args:
+        loaded: the head of a model in memory.
+        tokenizer: the model's tokenizer.
+        pairs: at least one full batch of pairs; an incomplete last batch is left out.
+        encoding: lengths in tokens, special ones included, and N, the in-batch candidates of the loss.
+        on_batch: called with (batches done, batches in all).
+
+    Raises:
+        UsageError: fewer pairs than one batch.
+        UnreadableError: the model puts out NaN.
+    """
+    import torch
+
+    from headscale.head import undisturbed
+
+    batches = len(pairs) // encoding.batch_size
+    if batches == 0:
+        raise UsageError(
+            f"{len(pairs)} pairs are fewer than one batch of {encoding.batch_size}",
+            hint=f"give at least {encoding.batch_size} pairs, or a smaller `--batch-size`",
+        )
+    pairs = pairs[: batches * encoding.batch_size]
+    sides: dict[str, list[Side]] = {"query": [], "document": []}
+    sampled: list[Tensor] = []
+    with undisturbed(loaded.model), torch.no_grad():
+        for i in range(batches):
+            part = pairs[i * encoding.batch_size : (i + 1) * encoding.batch_size]
+            for name, texts, length in _sides(part, encoding):
+                side, features = _pooled(loaded, tokenizer, texts, length)
+                sides[name].append(side)
+                sampled.append(_sample(features, _SAMPLED_TOKENS // (2 * batches) + 1))
+            if on_batch:
+                on_batch(i + 1, batches)
+        logits = _logit_statistics(loaded, torch.cat(sampled))
+    bias = None if loaded.bias is None else loaded.bias.detach().float().cpu()
+    query, document = (_joined(sides[name]) for name in ("query", "document"))
+    _check_finite(loaded, document)
+    return Observation(query, document, bias, logits, encoding.batch_size)
+
+
+def _sides(part: Sequence[Pair], encoding: Encoding) -> Iterator[tuple[str, list[str], int]]:
+    yield "query", [p.query for p in part], encoding.query_length
+    yield "document", [p.document for p in part], encoding.document_length
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int, device: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Token batch for a model, and which positions are special tokens, (batch, seq) bool; padding is not one."""
+    borrowed = tokenizer.pad_token is None
+    if borrowed:  # causal models often have none; the mask hides what it is
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    try:
+        batch = tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=length,
+            padding=True,
+            return_tensors="pt",
+            return_special_tokens_mask=True,
+        )
+    finally:
+        if borrowed:
+            tokenizer.pad_token = None
+    special = batch.pop("special_tokens_mask").bool() & batch["attention_mask"].bool()
+    return {k: v.to(device) for k, v in batch.items()}, special
+
+
+def _pooled(loaded: LoadedHead, tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Side, Tensor]:
+    import torch
+
+    from headscale.pooling import max_logits
+
+    batch, special = tokenize(tokenizer, texts, length, loaded.weight.device)
+    features = loaded.features(**batch)
+    mask = batch["attention_mask"].bool()
+    found = max_logits(features, loaded.weight, loaded.bias, mask)
+    largest = found.values.float() * loaded.head.factor
+    lengths = mask.sum(1).cpu()
+    return Side(largest.cpu(), found.positions.to(torch.int16).cpu(), special, lengths), features[mask]
+
+
+def _sample(features: Tensor, count: int) -> Tensor:
+    """Evenly spaced rows, so that the sample is a pure function of the batch."""
+    import torch
+
+    return features[torch.linspace(0, len(features) - 1, min(count, len(features))).long()].detach()
+
+
+def _joined(parts: Sequence[Side]) -> Side:
+    import torch
+    from torch.nn.functional import pad
+
+    longest = max(p.special.shape[1] for p in parts)
+    return Side(
+        torch.cat([p.largest for p in parts]),
+        torch.cat([p.positions for p in parts]),
+        torch.cat([pad(p.special, (0, longest - p.special.shape[1])) for p in parts]),
+        torch.cat([p.lengths for p in parts]),
+    )
+
+
+def _check_finite(loaded: LoadedHead, document: Side) -> None:
+    bad = int(document.largest.isnan().sum())
+    if bad:
+        raise UnreadableError(
+            f"`{loaded.head.architecture}` puts out {bad} logits that are not numbers",
+            hint="the checkpoint is damaged or diverged in training: use an earlier one",
+        )
+
+
+def _logit_statistics(loaded: LoadedHead, features: Tensor) -> LogitStatistics:
+    import torch
+
+    logits = features.float() @ loaded.weight.float().T
+    if loaded.bias is not None:
+        logits = logits + loaded.bias.float()
+    logits = logits * loaded.head.factor
+    points = torch.tensor(ROW_NORM_QUANTILES, dtype=torch.float32) / 100
+    ordered = logits.flatten().sort().values
+    quantiles = ordered[(points * (len(ordered) - 1)).round().long().to(ordered.device)]
+    norms = features.float().norm(dim=1)
+    units = features.float() / norms[:, None].clamp_min(1e-12)
+    count = len(units)
+    cosine = (units.sum(0).square().sum() - count) / max(1, count * (count - 1))
+    return LogitStatistics(
+        mean=float(logits.mean()),
+        sd=float(logits.std()),
+        quantiles=tuple(quantiles.tolist()),
+        above_zero=float((logits > 0).float().mean()),
+        hidden_cosine=float(cosine),
+        hidden_norm=float(norms.mean()),
+        tokens=count,
+    )
+
+
+# --- at one constant -----------------------------------------------------------------------------------------------
+
+
+def representation(largest: Tensor, scale: float, *, shift: float = 0.0, kept_bias: Tensor | None = None) -> Tensor:
+    """log1p(relu(a (m + shift))), or with the bias kept log1p(relu(a (m - b) + b)).
+
+    Args:
+        largest: (texts, vocab) the largest logits m at constant 1.
+        scale: the constant a.
+        shift: added to the logits before the scale.
+        kept_bias: (vocab,) the bias b where the policy is to keep it.
+    """
+    import torch
+
+    if kept_bias is not None:
+        return torch.log1p(torch.relu(scale * (largest - kept_bias + shift) + kept_bias))
+    return torch.log1p(torch.relu(scale * (largest + shift) if shift else scale * largest))
+
+
+def output_statistics(
+    seen: Observation,
+    scale: float = 1.0,
+    *,
+    scale_bias: bool = True,
+    shift: float = 0.0,
+    token: Callable[[int], str] = str,
+) -> OutputStatistics:
+    """Everything the pooled head shows at one constant.
+
+    Args:
+        seen: what `observe` kept.
+        scale: the constant on the logits.
+        scale_bias: whether the bias is scaled with the matrix.
+        shift: added to the bias before the scale.
+        token: the string of a vocabulary id, for the most common terms.
+    """
+    kept = None if scale_bias else seen.bias
+    queries = representation(seen.query.largest, scale, shift=shift, kept_bias=kept)
+    documents = representation(seen.document.largest, scale, shift=shift, kept_bias=kept)
+    scores = _score_statistics(queries, documents, seen.batch_size)
+    share = (documents > 0).float().mean(0)  # (vocab,) share of documents in which a term is active
+    top = share.argsort(descending=True, stable=True)[:_COMMON_TERMS].tolist()
+    active = max(1, int((share > 0).sum()))
+    spacing = abs(scores["score_mean"]) * _BF16_SPACING
+    return OutputStatistics(
+        scale=scale,
+        shift=shift,
+        candidates=seen.batch_size,
+        batches=len(queries) // seen.batch_size,
+        query=_side_statistics(queries, seen.query),
+        document=_side_statistics(documents, seen.document),
+        flops_cost=float(((queries > 0).float().mean(0) * share).sum()),
+        saturation=int((share >= _WIDELY_SHARED).sum()) / active,
+        coverage=float((share > 0).float().mean()),
+        common_terms=tuple((token(i), float(share[i])) for i in top if share[i] > 0),
+        fp16_headroom=FP16_MAX / scores["score_max"] if scores["score_max"] > 0 else math.inf,
+        bf16_resolution=spacing / scores["score_sd"] if scores["score_sd"] > 0 else math.inf,
+        non_finite=int((~queries.isfinite()).sum()) + int((~documents.isfinite()).sum()),
+        **scores,
+    )
+
+
+def _score_statistics(queries: Tensor, documents: Tensor, batch_size: int) -> dict[str, float]:
+    """Means over batches of in-batch scores; the largest score over all."""
+    from headscale.observation import score_statistics
+
+    found: list[dict[str, float]] = []
+    for start in range(0, len(queries), batch_size):
+        scores = queries[start : start + batch_size] @ documents[start : start + batch_size].T
+        values = {k: float(v) for k, v in score_statistics(scores).items()}
+        found.append({**values, "score_max": float(scores.max())})
+    mean = {key: sum(f[key] for f in found) / len(found) for key in found[0]}
+    mean["score_max"] = max(f["score_max"] for f in found)
+    mean["loss"] = mean["loss_over_ln_n"] * math.log(batch_size)
+    return mean
+
+
+def _side_statistics(reps: Tensor, side: Side) -> SideStatistics:
+    from headscale.observation import cosine
+
+    dims = (reps > 0).sum(1).float()
+    quantiles = dims.quantile(reps.new_tensor([0.05, 0.5, 0.95])).tolist()
+    total = float(reps.sum())
+    return SideStatistics(
+        texts=len(reps),
+        active_dims=float(dims.mean()),
+        active_dims_p5=quantiles[0],
+        active_dims_p50=quantiles[1],
+        active_dims_p95=quantiles[2],
+        empty=float((dims == 0).float().mean()),
+        mean_weight=total / reps.numel(),
+        active_mean_weight=total / max(1.0, float(dims.sum())),
+        max_weight=float(reps.max()),
+        l1=total / len(reps),
+        l2=float(reps.norm(dim=1).mean()),
+        flops_reg=float(reps.mean(0).square().sum()),
+        mean_cosine=cosine(reps),
+        **_winners(reps, side, total),
+    )
+
+
+def _winners(reps: Tensor, side: Side, total: float) -> dict[str, Any]:
+    """Who wins the max: the pooled mass by position, and the share of it that special tokens take."""
+    import torch
+
+    mass = torch.zeros(side.special.shape)  # (texts, length)
+    positions = side.positions.long().clamp_min(0)
+    mass.scatter_add_(1, positions, reps)
+    whole = total or 1.0
+    tenth = (torch.arange(mass.shape[1])[None] * _HISTOGRAM_BINS) // side.lengths[:, None].clamp_min(1)
+    histogram = torch.zeros(_HISTOGRAM_BINS)
+    histogram.scatter_add_(0, tenth.clamp_max(_HISTOGRAM_BINS - 1).flatten(), mass.flatten())
+    return {
+        "special_share": float(mass[side.special].sum()) / whole,
+        "first_position_share": float(mass[:, 0].sum()) / whole,
+        "position_histogram": tuple((histogram / whole).tolist()),
+    }
+
+
+# --- over all constants --------------------------------------------------------------------------------------------
+
+
+def scale_curve(
+    seen: Observation, scales: Sequence[float], *, scale_bias: bool = True, shift: float = 0.0
+) -> ScaleCurve:
+    """The statistics that targets are made of, at each constant; no further forward pass.
+
+    Args:
+        seen: what `observe` kept.
+        scales: the constants, in order.
+        scale_bias: whether the bias is scaled with the matrix.
+        shift: added to the bias before the scale.
+    """
+    narrowed = _only_active(seen, shift) if scale_bias else seen
+    vocab = seen.query.largest.shape[1]
+    points = [_curve_point(narrowed, vocab, a, scale_bias, shift) for a in scales]
+    columns = {key: tuple(point[key] for point in points) for key in points[0]}
+    return ScaleCurve(scale=tuple(float(a) for a in scales), **columns)
+
+
+def _only_active(seen: Observation, shift: float) -> Observation:
+    """Leave out the terms that are active in no text: a positive factor never wakes one."""
+    from dataclasses import replace
+
+    awake = (seen.query.largest.amax(0) + shift > 0) | (seen.document.largest.amax(0) + shift > 0)
+    if awake.float().mean() > 0.5:  # the copy would cost more than it saves
+        return seen
+    query = replace(seen.query, largest=seen.query.largest[:, awake])
+    document = replace(seen.document, largest=seen.document.largest[:, awake])
+    return replace(seen, query=query, document=document, bias=None)
+
+
+def _curve_point(seen: Observation, vocab: int, scale: float, scale_bias: bool, shift: float) -> dict[str, float]:
+    kept = None if scale_bias else seen.bias
+    queries = representation(seen.query.largest, scale, shift=shift, kept_bias=kept)
+    documents = representation(seen.document.largest, scale, shift=shift, kept_bias=kept)
+    scores = _score_statistics(queries, documents, seen.batch_size)
+    total, active = float(documents.sum()), float((documents > 0).sum())
+    return {
+        "loss_over_ln_n": scores["loss_over_ln_n"],
+        "mean_weight": total / (len(documents) * vocab),
+        "l1": total / len(documents),
+        "active_mean_weight": total / max(1.0, active),
+        "active_dims": active / len(documents),
+        "score_sd": scores["score_sd"],
+        "score_margin": scores["score_margin"],
+        "flops_reg_query": float(queries.mean(0).square().sum()),
+        "flops_reg_document": float(documents.mean(0).square().sum()),
+    }
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+def gradient_norms(
+    loaded: LoadedHead,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    encoding: Encoding = Encoding(),
+) -> GradientNorms:
+    """Gradient norms of head and encoder for the contrastive loss of the first batch, in evaluation mode.
+
+    The head's is taken on copies of its matrix and bias, so that a tied embedding's own gradient counts with the
+    encoder's; nothing is accumulated in the model.
+    """
+    import torch
+
+    from headscale.head import undisturbed
+    from headscale.objective import info_nce
+    from headscale.pooling import splade_pool
+
+    part = pairs[: encoding.batch_size]
+    weight = loaded.weight.detach().clone().requires_grad_()
+    bias = None if loaded.bias is None else loaded.bias.detach().clone().requires_grad_()
+    own = [t for t in (weight, bias) if t is not None]
+    with undisturbed(loaded.model), trainable(loaded.model), torch.enable_grad():
+        reps = []
+        for _, texts, length in _sides(part, encoding):
+            batch, _ = tokenize(tokenizer, texts, length, weight.device)
+            features = loaded.features(**batch)
+            reps.append(splade_pool(features, weight, bias, batch["attention_mask"].bool(), scale=loaded.head.factor))
+        loss = info_nce(reps[0] @ reps[1].T)
+        encoder: list[Tensor] = [p for p in loaded.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, own + encoder, allow_unused=True)
+    head, rest = gradients[: len(own)], gradients[len(own) :]
+    return GradientNorms(head=_norm(head), encoder=_norm(rest))
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+
+
+class trainable:
+    """Every floating parameter requires a gradient inside, and what it required before on leaving."""
+
+    def __init__(self, model: Any) -> None:
+        self.before = {p: p.requires_grad for p in model.parameters()}
+
+    def __enter__(self) -> None:
+        for parameter in self.before:
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, required in self.before.items():
+            parameter.requires_grad_(required)
