@@ -157,6 +157,14 @@ class Checkpoint:
                 self._fill(reader, block)
                 yield block
 
+    def shared_names(self) -> list[list[str]]:
+        """Groups of names that are one tensor in a `.bin` file (tied weights); safetensors never shares."""
+        if self.is_safetensors:
+            return []
+        from headscale.torchfile import shared_storages
+
+        return [group for file in self.weight_files for group in shared_storages(self._state(file))]
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise NotFoundError(f"`{self.name}` has no tensor `{name}`", "check the name against the file's own keys")

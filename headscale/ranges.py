@@ -19,6 +19,8 @@ MAX_BREAKS = 5
 PROGRESS_BYTES = 8 << 20
 # A server without byte ranges sends the file from its start: so much may be skipped to reach the header, no more.
 MAX_SKIP_BYTES = 1 << 20
+# Seconds before a second try; doubled for each further one.
+PAUSE = 0.1
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 429, 500, 502, 503, 504}
 _CHUNK = 256 << 10
@@ -92,7 +94,7 @@ class RangeReader:
             if breaks > MAX_BREAKS:
                 raise _gave_up(remote, position, breaks, cause) from cause
             # a line that delivered something is tried again at once, a silent one after longer and longer pauses
-            time.sleep(min(10.0, wait or (0.05 if position > before else 0.1 * 2**breaks)))
+            time.sleep(min(10.0, wait or (PAUSE / 2 if position > before else PAUSE * 2**breaks)))
 
 
 def _gave_up(remote: Remote, position: int, breaks: int, cause: BaseException | None) -> UnreadableError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,8 @@ def header_length(raw: bytes, label: str, size: int) -> int:
     """The length of a safetensors header, from the first eight bytes, checked against the file's size."""
     if len(raw) < 8:
         raise UnreadableError(f"`{label}` is truncated: {size} bytes hold no header", DOWNLOAD_AGAIN)
+    if raw == b"version ":
+        raise UnreadableError(f"`{label}` is a git-lfs pointer, not the file itself", "run `git lfs pull`")
     length = int.from_bytes(raw, "little")
     if length > MAX_HEADER_BYTES:
         raise UnreadableError(
@@ -100,6 +104,58 @@ def decode(raw: np.ndarray, dtype: str) -> np.ndarray:
         wide <<= 16
         return wide.view(np.float32)
     return stored.astype(np.float32) if dtype == "F16" else stored
+
+
+def encode(values: np.ndarray, dtype: str, label: str) -> np.ndarray:
+    """Values as they are stored; bfloat16 rounds to nearest even, and uint16 values are taken as bfloat16 already.
+
+    Raises:
+        UnreadableError: a finite value does not fit the type.
+    """
+    if dtype == "BF16" and values.dtype == np.uint16:
+        return np.ascontiguousarray(values, STORED[dtype])
+    with np.errstate(over="ignore"):
+        stored = _to_bfloat16(values) if dtype == "BF16" else np.ascontiguousarray(values, STORED[dtype])
+    narrowed = stored.dtype.itemsize < values.dtype.itemsize
+    if narrowed and np.isfinite(values).all() and not np.isfinite(decode(_raw(stored), dtype)).all():
+        raise UnreadableError(f"`{label}` holds values too large for {dtype}", "store it as F32")
+    return stored
+
+
+def encode_header(
+    listed: Iterable[TensorInfo], ordered: Iterable[TensorInfo], metadata: dict[str, str] | None
+) -> bytes:
+    """The start of a safetensors file: `listed` is the order of the entries, `ordered` that of the data."""
+    places, position = {}, 0
+    for info in ordered:
+        places[info.name] = [position, position + info.nbytes]
+        position += info.nbytes
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    for info in listed:
+        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": places[info.name]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path, label: str) -> tuple[Header, bytes]:
+    """The checked header of a safetensors file, and the file's bytes up to its data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        text = file.read(header_length(start, label, size))
+    return parse_header(text, label, size), start + text
+
+
+def _raw(stored: np.ndarray) -> np.ndarray:
+    return stored.reshape(-1).view(np.uint8)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, "<f4").view("<u4")
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    rounded[np.isnan(values)] = 0x7FC0  # rounding could carry a NaN over into infinity
+    return rounded.astype(STORED["BF16"])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

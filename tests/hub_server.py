@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -75,6 +77,7 @@ class HubServer:
         self._server = _Server(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._lock = threading.Lock()
+        self.connections: set[socket.socket] = set()
         self._uses: Counter[str] = Counter()
         self._signature = 0
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -86,6 +89,10 @@ class HubServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+        with self._lock:
+            for connection in tuple(self.connections):
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
 
     @property
@@ -135,6 +142,14 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
     timeout = 20  # an idle connection is dropped, so that no thread outlives a test for long
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.hub.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
