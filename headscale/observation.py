@@ -26,13 +26,13 @@ def side_statistics(reps: Tensor) -> dict[str, Tensor]:
         scalars by name: `active_dims` (mean per text), `empty` (share of texts), `mean_weight`, `max_weight`,
         `flops_reg`, `mean_cosine` (undefined below two texts that are not empty).
     """
-    dims = (reps > 0).sum(1)
     mean = reps.mean(0)
+    highest = reps.amax(1)
     return {
-        "active_dims": dims.float().mean(),
-        "empty": (dims == 0).float().mean(),
+        "active_dims": (reps > 0).sum(1).float().mean(),
+        "empty": (highest == 0).float().mean(),
         "mean_weight": mean.mean(),
-        "max_weight": reps.max(),
+        "max_weight": highest.max(),
         "flops_reg": mean.square().sum(),
         "mean_cosine": _mean_cosine(reps),
     }

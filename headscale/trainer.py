@@ -222,7 +222,8 @@ class Trainer:
         texts = {"query": self.config.batch_size, "document": self.config.batch_size * (1 + self.config.negatives)}
         for side, size in texts.items():
             filled = round((1 - values[f"empty_{side}"]) * size)
-            values[f"cosine_{side}"] = values.pop(f"mean_cosine_{side}") if filled > 1 else None
+            cosine = values.pop(f"mean_cosine_{side}")
+            values[f"cosine_{side}"] = cosine if filled > 1 else None
         return values
 
     def _too_large(self, batch: Batch) -> MemoryForecastError:
