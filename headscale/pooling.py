@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from headscale.errors import UsageError
 from headscale.kernels import tiled
@@ -182,10 +182,9 @@ def _resolved(implementation: str, hidden: Tensor, weight: Tensor) -> str:
 
 def _reference_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> MaxLogits:
     dtype = tiled.compute_dtype(hidden, weight)
-    shape = (len(hidden), len(weight))
-    if not hidden.shape[1]:
-        empty = hidden.new_full(shape, -torch.inf, dtype=tiled.accumulator(dtype))
-        return MaxLogits(empty, torch.full(shape, -1, device=hidden.device))
+    if not hidden.shape[1]:  # one excluded position instead of none, so that the maximum exists
+        hidden = pad(hidden, (0, 0, 0, 1))
+        mask = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     logits = logits.to(tiled.accumulator(dtype))  # (batch, seq, vocab)
