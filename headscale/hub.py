@@ -232,6 +232,8 @@ def explain(error: BaseException, repo: str, revision: str | None, endpoint: str
 
     if isinstance(error, HeadscaleError):
         return error
+    if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return explain(error.__cause__, repo, revision, endpoint)  # the download's own wrapping of what happened
     if isinstance(error, hub.OfflineModeIsEnabled):
         return _offline(repo)
     if isinstance(error, hub.GatedRepoError):

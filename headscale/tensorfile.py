@@ -88,6 +88,8 @@ def parse_header(raw: bytes, label: str, size: int) -> Header:
         if not isinstance(entries, dict):
             raise ValueError("not an object")
         metadata = entries.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not plain text")
         data_start = 8 + len(raw)
         tensors = {name: _tensor_info(name, entry, label, data_start) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -169,8 +171,10 @@ def _tensor_info(name: str, entry: dict[str, Any], label: str, data_start: int) 
     shape, (start, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)) or end < start:
         raise ValueError(f"`{name}` has an impossible shape or range")
-    info = TensorInfo(name, str(dtype), tuple(shape), label, data_start + start, data_start + end)
-    if dtype in DTYPE_BITS and info.elements * DTYPE_BITS[dtype] != 8 * info.nbytes:
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"`{name}` has the unknown type `{dtype}`")
+    info = TensorInfo(name, dtype, tuple(shape), label, data_start + start, data_start + end)
+    if info.elements * DTYPE_BITS[dtype] != 8 * info.nbytes:
         raise ValueError(f"`{name}` of shape {list(shape)} and type {dtype} cannot take {info.nbytes} bytes")
     return info
 
