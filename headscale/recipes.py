@@ -127,14 +127,8 @@ def _range_problems(config: TrainingConfig) -> list[str]:
         if values[name] not in allowed
     ]
     optional = [n for n in ("horizon", "micro_batch", "clip", "flops_threshold") if values[n] is not None]
-    low = [
-        f"`{n}` must be positive, not {values[n]}"
-        for n in (*_POSITIVE, *optional)
-        if not 0 < values[n] < math.inf
-    ]
-    negative = [
-        f"`{n}` must not be negative, not {values[n]}" for n in _NOT_NEGATIVE if not 0 <= values[n] < math.inf
-    ]
+    low = [f"`{n}` must be positive, not {values[n]}" for n in (*_POSITIVE, *optional) if not 0 < values[n] < math.inf]
+    negative = [f"`{n}` must not be negative, not {values[n]}" for n in _NOT_NEGATIVE if not 0 <= values[n] < math.inf]
     return [*unknown, *low, *negative]
 
 
@@ -149,9 +143,7 @@ def _joint_problems(config: TrainingConfig) -> list[str]:
     if config.loss == "margin-mse" and config.temperature != 1.0:
         problems.append("the loss `margin-mse` has no temperature")
     if config.loss == "infonce" and config.batch_size + config.negatives < 2:
-        problems.append(
-            "the loss `infonce` needs at least 2 candidates: a larger `batch_size` or `negatives`"
-        )
+        problems.append("the loss `infonce` needs at least 2 candidates: a larger `batch_size` or `negatives`")
     return problems
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from headscale.batches import TextPair, batches
 from headscale.device import seeded
+from headscale.memory import check_memory, forecast_memory
 from headscale.ranking import rank_metrics
 from headscale.recipes import RECIPES, Recipe, TrainingConfig, recipe
 from headscale.records import RankMetrics, RunEnd, StepRecord, TrainingRun
@@ -52,10 +53,13 @@ def train(
 
     Raises:
         UsageError: a configuration that does not suit the model, the pairs or the machine.
-        MemoryForecastError: a batch does not fit on the GPU; the hint names one that does.
+        MemoryForecastError: a batch does not fit on the GPU, or is forecast not to fit in the memory of a CPU;
+            the hint names a part of it that does.
     """
     started = time.perf_counter()
     trainer = Trainer(model if inplace else copy.deepcopy(model), tokenizer, config)
+    if trainer.choice.name == "cpu":
+        _check_memory(trainer, pairs)
     steps: list[StepRecord] = []
     with seeded(config.seed, trainer.choice.name):
         status = _run(trainer, pairs, steps, on_step)
@@ -94,6 +98,21 @@ def _run(trainer: Trainer, pairs: Sequence[TextPair], steps: list[StepRecord], o
     except KeyboardInterrupt:
         return "interrupted"
     return "finished"
+
+
+def _check_memory(trainer: Trainer, pairs: Sequence[TextPair]) -> None:
+    config = trainer.config
+    if len(pairs) < config.batch_size:
+        return  # refused with its own sentence when batches are asked for
+    forecast = forecast_memory(
+        trainer.encoder,
+        (max((p.query for p in pairs), key=len), config.query_length),
+        (max((p.document for p in pairs), key=len), config.document_length),
+        [*trainer.head_parameters, *trainer.encoder_parameters],
+        trainer.matrices,
+    )
+    documents = config.batch_size * (1 + config.negatives)
+    check_memory(forecast, config.batch_size, documents, config.micro_batch)
 
 
 def _evaluated(trainer: Trainer, pairs: Sequence[TextPair]) -> RankMetrics:

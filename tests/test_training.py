@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +17,13 @@ from tiny_corpus import tiny_pairs, tiny_tokenizer
 from tiny_models import tiny_model
 
 import headscale.encoder
+import headscale.memory
 from headscale.batches import batches, epoch_order
 from headscale.device import choose_device
 from headscale.encoder import SpladeEncoder
 from headscale.errors import MemoryForecastError, NotFoundError, UnreadableError, UsageError
 from headscale.head import load_head
+from headscale.memory import forecast_memory
 from headscale.observation import batch_statistics, cosine, score_statistics, side_statistics
 from headscale.pooling import splade_pool
 from headscale.ranking import chance_mrr, rank_metrics, worst_ranks
@@ -335,25 +341,25 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(model, tokenizer, pairs
 
 
 def test_the_second_pass_plays_the_same_dropout_again(dropping, tokenizer, pairs, monkeypatch):
+    trainer = Trainer(dropping, tokenizer, CONFIG.replace(micro_batch=2))
     seen = []
     pool = SpladeEncoder.pool
-    monkeypatch.setattr(SpladeEncoder, "pool", lambda self, tokens: seen.append(pool(self, tokens)) or seen[-1])
-    train(dropping, tokenizer, pairs, CONFIG.replace(steps=1, micro_batch=2))
-    first, again = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    assert [rep.requires_grad for rep in first] == [False] * 4
-    assert [rep.requires_grad for rep in again] == [True] * 4
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], pool(load_again(dropping, tokenizer), token_part(tokenizer, pairs)))
+
+    def noted(self, tokens):
+        seen.append((tokens, pool(self, tokens)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(SpladeEncoder, "pool", noted)
+    trainer.step([next(batches(pairs, batch_size=4))])
+    first, again = seen[:4], seen[4:]
+    assert [rep.requires_grad for _, rep in first] == [False] * 4
+    assert [rep.requires_grad for _, rep in again] == [True] * 4
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, again, strict=True))
 
 
-def load_again(model, tokenizer) -> SpladeEncoder:
-    return SpladeEncoder(load_head(model), tokenizer)
-
-
-def token_part(tokenizer, pairs) -> dict:
-    queries = next(batches(pairs, batch_size=4)).queries
-    tokens = SpladeEncoder.tokenize(load_again(tiny_model("bert"), tokenizer), queries, 12)
-    return {name: value[:2] for name, value in tokens.items()}
+def test_dropout_is_on_in_training(dropping, tokenizer, pairs):
+    without = train(tiny_model("bert", **NO_DROPOUT), tokenizer, pairs, CONFIG.replace(steps=1))
+    assert train(dropping, tokenizer, pairs, CONFIG.replace(steps=1)).steps[0].loss != without.steps[0].loss
 
 
 def test_accumulation_averages_batches(tokenizer, pairs):
@@ -492,6 +498,60 @@ def test_out_of_memory_names_a_size_that_fits(model, tokenizer, pairs, monkeypat
         train(model, tokenizer, pairs, config)
     assert "`micro_batch` 3" in caught.value.hint
     assert train(model, tokenizer, pairs, config.replace(micro_batch=3)).status == "finished"
+
+
+def test_a_step_that_would_not_fit_in_a_cpu_is_refused_before_it_starts(model, tokenizer, pairs, monkeypatch):
+    config = CONFIG.replace(batch_size=16, negatives=2)
+    steps = []
+    parameters = list(model.parameters())
+    encoder = SpladeEncoder(load_head(model), tokenizer)
+    longest = max((pair.document for pair in pairs), key=len)
+    forecast = forecast_memory(encoder, (pairs[0].query, 12), (longest, 16), parameters, [])
+    whole, parts = forecast.needed(16, 48), forecast.needed(16, 48, 4)
+    monkeypatch.setattr(headscale.memory, "available_memory", lambda: (whole + parts) // 2)
+    with pytest.raises(MemoryForecastError, match="16 queries and 48 documents") as caught:
+        train(model, tokenizer, pairs, config, on_step=steps.append)
+    assert steps == []
+    size = int(re.search(r"`micro_batch` (\d+)", caught.value.hint)[1])
+    assert 4 <= size < 48
+    assert train(model, tokenizer, pairs, config.replace(micro_batch=size)).status == "finished"
+    monkeypatch.setattr(headscale.memory, "available_memory", lambda: 1000)
+    with pytest.raises(MemoryForecastError) as caught:
+        train(model, tokenizer, pairs, config)
+    assert "smaller model" in caught.value.hint
+
+
+MEASURE = """
+import resource, sys, torch
+sys.path[:0] = sys.argv[1:]
+from tiny_corpus import tiny_pairs, tiny_tokenizer
+from headscale.batches import batches
+from headscale.memory import forecast_memory
+from headscale.trainer import Trainer
+from headscale.training import TrainingConfig
+from transformers import BertConfig, BertForMaskedLM
+model = BertForMaskedLM(BertConfig(vocab_size=9000, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
+    intermediate_size=512, max_position_embeddings=64))
+config = TrainingConfig(steps=2, batch_size=48, query_length=16, document_length=16, warmup_ratio=0.0, mode="untie")
+pairs = tiny_pairs(96, vocab=9000)
+trainer = Trainer(model, tiny_tokenizer(9000), config)
+longest = max((pair.document for pair in pairs), key=len)
+parameters = [*trainer.head_parameters, *trainer.encoder_parameters]
+forecast = forecast_memory(trainer.encoder, (pairs[0].query, 16), (longest, 16), parameters, trainer.matrices)
+resident = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS"))
+for batch in list(zip(range(2), batches(pairs, batch_size=48))):
+    trainer.step([batch[1]])
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
+print(forecast.needed(48, 48) / (1024 * grown))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident set from /proc")
+def test_the_forecast_is_near_what_a_step_then_takes():
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", MEASURE, str(here), str(here.parent)]
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.7 < ratio < 1.6
 
 
 # --- losses that need more than pairs, special tokens, devices ---------------------------------------------
