@@ -166,7 +166,7 @@ def find_head(model: nn.Module) -> Head:
 def _find(model: nn.Module) -> Head:
     config: Any = model.config
     vocab_size = _text_config(config).vocab_size
-    batch = _probe_batch(model)
+    batch = probe_batch(model)
     norms: list[tuple[str, Tensor]] = []
     with _norm_outputs(model, norms):
         product, logits = _observe(model, vocab_size, batch)
@@ -221,7 +221,7 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _probe_batch(model: nn.Module) -> dict[str, Tensor]:
+def probe_batch(model: nn.Module) -> dict[str, Tensor]:
     """Ordinary token ids: none of the special ones, which some models read as pictures or as padding."""
     import torch
 

@@ -323,3 +323,36 @@ class TextSettings(Record):
     query_length: int
     document_length: int
     batch_size: int
+
+
+# --- what was written ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proof(Record):
+    """A written checkpoint held against the original: both loaded, both run on the same tokens."""
+
+    library: str  # and its version
+    max_error: float  # max |logits - expected| / max |expected|
+    bitwise: bool
+    support_identical: bool | None  # of the logits above zero; None where the policy moves it on purpose
+
+
+@dataclass(frozen=True)
+class Written(Record):
+    """What `calibrate --save` did."""
+
+    directory: str
+    mode: str
+    mode_reason: str
+    scale: float
+    scale_bias: bool
+    shift: float
+    edited: tuple[str, ...]
+    added: tuple[str, ...]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+    converted: tuple[str, ...]
+    config: dict[str, Any]
+    proofs: tuple[Proof, ...]
+    warnings: tuple[str, ...]

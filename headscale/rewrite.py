@@ -73,6 +73,7 @@ def write_edited(
     extra_files: Mapping[str, str | bytes] | None = None,
     remove: Collection[str] = (),
     overwrite: bool = False,
+    on_staged: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Write a copy of a local checkpoint with some tensors replaced, added or removed; the source is only read.
 
@@ -85,6 +86,7 @@ def write_edited(
         extra_files: further files by name, relative to the checkpoint's root.
         remove: names of tensors to leave out.
         overwrite: replace a checkpoint that is there already.
+        on_staged: called with the finished directory before it takes its place; raising leaves nothing behind.
 
     Returns:
         What was done: `directory`, `copied`, `edited`, `added`, `removed`, `converted`, `shared`, `left_out`,
@@ -104,6 +106,8 @@ def write_edited(
     report |= {"directory": str(place), "copied": sorted(plan.copies), "left_out": plan.left, "nbytes": plan.nbytes}
     with staged(place, plan.nbytes) as stage:
         _write(plan, stage)
+        if on_staged is not None:
+            on_staged(stage)
     return report
 
 

@@ -46,7 +46,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 17, "entity_emb_size": 16},
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32},
     "neomme": {"head_dim": 16},
-    "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 16},
+    "nystromformer": {"num_landmarks": 16, "segment_means_seq_len": 16},
     "perceiver": {
         "d_latents": 32, "d_model": 24, "num_latents": 6, "num_blocks": 1, "num_self_attends_per_block": 1,
         "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk_channels": 32, "v_channels": 32,
@@ -120,3 +120,34 @@ def tiny_batch(model_type: str = "", *, batch: int = 3, length: int = 16, seed: 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCAB - 5, (batch, length), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def tiny_tokenizer() -> Any:
+    """A word-level tokenizer over the tiny vocabulary: w5 is id 5, and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    named = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
+    words = {**named, **{f"w{i}": i for i in range(5, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=64,
+    )
+
+
+def tiny_checkpoint(model_type: str, directory: Any, class_name: str | None = None, **overrides: Any) -> Any:
+    """Save a tiny model with its tokenizer; returns the directory."""
+    tiny_model(model_type, class_name, **overrides).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
