@@ -23,7 +23,8 @@ MAX_SKIP_BYTES = 1 << 20
 PAUSE = 0.1
 _REDIRECTS = {301, 302, 303, 307, 308}
 _BUSY = {408, 429, 500, 502, 503, 504}
-_CHUNK = 256 << 10
+# requests drops what it holds of a chunk when the line breaks, so chunks are small there.
+_CHUNK = 16 << 10
 _Origin = tuple[str, str | None, int | None]
 
 
