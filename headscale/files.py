@@ -24,7 +24,7 @@ WEIGHT_LAYOUTS = (
 _OTHER_FORMATS = (
     *("model*.safetensors", "model*.safetensors.index.json", "consolidated*", "*.gguf", "rust_model.ot"),
     *("pytorch_model*.bin", "pytorch_model*.bin.index.json", "tf_model*.h5*", "flax_model*.msgpack*"),
-    *("*.onnx", "*.onnx_data", "openvino_model*", "*.tflite", "optimizer.pt", "optimizer.bin"),
+    *("*.onnx", "*.onnx_data", "openvino_model*", "*.tflite", "optimizer.pt", "optimizer.bin", ".git"),
 )
 _OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", ".git", ".cache", "__pycache__")
 

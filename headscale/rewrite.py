@@ -290,7 +290,7 @@ def _walk(source: Checkpoint, root: Path, plan: _Plan) -> None:
             continue
         seen.add(here.resolve())
         for name in sorted(folders):
-            if left_out((inside / name).as_posix(), source.subfolder, ()):
+            if left_out((inside / name / "any").as_posix(), source.subfolder, ()):
                 folders.remove(name)
                 plan.left.append(f"{(inside / name).as_posix()}/")
         plan.folders.append(inside.as_posix())

@@ -274,6 +274,7 @@ def test_stale_formats_and_caches_are_left_out_and_named(source: Path, tmp_path:
     found = hashes(tmp_path / "target")
     assert set(kept) <= set(found)
     assert not set(found) & {*stale, *stale_folders}
+    assert not (tmp_path / "target/.git").exists()
     assert sorted(report["left_out"]) == sorted([*stale, ".cache/", ".git/", "onnx/", "openvino/"])
 
 
