@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headscale.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,43 @@ def _peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
+def random_states(name: str) -> list[Tensor]:
+    """State of the CPU's generator and of the device's own."""
+    import torch
+
+    states = [torch.get_rng_state()]
+    if name.startswith("cuda"):
+        states.append(torch.cuda.get_rng_state(name))
+    elif name.startswith("mps"):
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
+def restore_random_states(name: str, states: Sequence[Tensor]) -> None:
+    """Put back what `random_states` gave for the same device."""
+    import torch
+
+    torch.set_rng_state(states[0])
+    if name.startswith("cuda"):
+        torch.cuda.set_rng_state(states[1], name)
+    elif name.startswith("mps"):
+        torch.mps.set_rng_state(states[1])
+
+
 @contextlib.contextmanager
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Random numbers from `seed` and deterministic kernels inside; torch's state as before on leaving."""
     import torch
 
-    cuda = name.startswith("cuda")
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    with torch.random.fork_rng(devices=[name] if cuda else []), warnings.catch_warnings():
+    states = random_states(name)
+    modes = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    with warnings.catch_warnings():
         torch.manual_seed(seed)
-        if cuda:  # CPU kernels used here are deterministic as they are
+        if name.startswith("cuda"):  # the CPU kernels used here are deterministic as they are
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+            restore_random_states(name, states)

@@ -66,7 +66,7 @@ def forecast_memory(
     """
     size = sum(p.numel() * p.element_size() for p in parameters)
     observed = sum(m.numel() * m.element_size() for m in matrices)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # it is the CPU that needs a forecast
         saved = [_saved_by(encoder, text, length) for text, length in (query, document)]
     width = 2 * encoder.head.vocab_size * encoder.head.weight.element_size()
     return MemoryForecast(3 * size + 2 * observed, saved[0], saved[1], width)

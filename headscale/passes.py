@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from headscale.device import random_states, restore_random_states
 from headscale.encoder import SpladeEncoder
 
 Side = tuple[Sequence[str], int]  # texts, and their length in tokens
@@ -52,6 +53,10 @@ class Passes:
             gradients = torch.split(leaf.grad, self.size or len(leaf))
             for (tokens, states), gradient in zip(parts, gradients, strict=True):
                 torch.autograd.backward([self._again(tokens, states)], [gradient])
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what the way back would have needed."""
         self._parts, self._leaves = [], []
 
     def _split(self, side: Side, size: int) -> Iterator[tuple[Tokens, list[Tensor]]]:
@@ -61,18 +66,14 @@ class Passes:
 
     def _first(self, part: tuple[Tokens, list[Tensor]]) -> Tensor:
         tokens, states = part
-        states.append(torch.get_rng_state())
-        states.extend(torch.cuda.get_rng_state(device) for device in self._cuda())
+        states.extend(random_states(str(self.encoder.device)))
         return self.encoder.pool(tokens)
 
     def _again(self, tokens: Tokens, states: Sequence[Tensor]) -> Tensor:
-        cuda = self._cuda()
-        with torch.random.fork_rng(devices=cuda):
-            torch.set_rng_state(states[0])
-            for device, state in zip(cuda, states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
-            with self.autocast():
-                return self.encoder.pool(tokens)
-
-    def _cuda(self) -> list[torch.device]:
-        return [self.encoder.device] if self.encoder.device.type == "cuda" else []
+        device = str(self.encoder.device)
+        now = random_states(device)
+        restore_random_states(device, states)
+        with self.autocast():
+            rep = self.encoder.pool(tokens)
+        restore_random_states(device, now)
+        return rep

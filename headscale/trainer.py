@@ -100,10 +100,11 @@ class Trainer:
         lambdas = self._lambdas()
         try:
             observed = [self._backward(batch, lambdas, 1 / len(step_batches)) for batch in step_batches]
-            update = self._update()
+            values = {**average(observed), **self._update()}
         except torch.OutOfMemoryError:
-            raise self._too_large(step_batches[0]) from None
-        values = {**average(observed), **update}
+            values = None  # leave the handler first: the traceback keeps the batch's tensors alive
+        if values is None:
+            raise self._too_large(step_batches[0])
         record = self._record(values, lambdas, time.perf_counter() - started)
         self.steps_done += 1
         return record
@@ -242,8 +243,9 @@ class Trainer:
         )
 
     def _fits(self, batch: Batch, size: int) -> bool:
-        self._forget_gradients()
         passes = self.passes
+        passes.forget()
+        self._forget_gradients()
         try:
             reserve = None if self.optimizer.state else self._like_optimizer_state()
             self.passes = Passes(self.encoder, self._autocast, size)

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tiny_models import tiny_model
 
 import headscale.encoder
 import headscale.memory
+import headscale.trainer
 from headscale.batches import batches, epoch_order
 from headscale.device import choose_device
 from headscale.encoder import SpladeEncoder
@@ -240,6 +242,20 @@ def test_losses_scores_and_gradients_of_the_first_step(model, tokenizer, pairs):
     assert record.grad_norm_encoder == pytest.approx(of_rest, **near)
     assert record.grad_norm == pytest.approx(math.hypot(of_head, of_rest), **near)
     assert record.clip_factor == pytest.approx(min(1.0, 0.5 / math.hypot(of_head, of_rest)), **near)
+
+
+def test_learning_rate_and_lambdas_are_those_of_the_schedule_at_every_step(model, tokenizer, pairs):
+    config = CONFIG.replace(steps=5, horizon=10, warmup_steps=2, ramp_steps=2, lambda_query=3.0)
+    run = train(model, tokenizer, pairs, config)
+    assert [record.step for record in run.steps] == [0, 1, 2, 3, 4]
+    assert [record.lr for record in run.steps] == pytest.approx([0, 5e-4, 1e-3, 8.75e-4, 7.5e-4])
+    assert [record.lambda_query for record in run.steps] == [0.0, 0.75, 3.0, 3.0, 3.0]
+    assert [record.lambda_document for record in run.steps] == [0.0, 2.5e-4, 1e-3, 1e-3, 1e-3]
+    assert [record.update_ratio > 0 for record in run.steps] == [False, True, True, True, True]
+    for record in run.steps:
+        assert record.weighted_reg_query == pytest.approx(record.lambda_query * record.reg_query)
+        parts = record.ranking_loss + record.weighted_reg_query + record.weighted_reg_document
+        assert record.loss == pytest.approx(parts, rel=1e-6)
 
 
 def test_update_norm_and_drift_of_the_head(model, tokenizer, pairs):
@@ -498,6 +514,33 @@ def test_out_of_memory_names_a_size_that_fits(model, tokenizer, pairs, monkeypat
         train(model, tokenizer, pairs, config)
     assert "`micro_batch` 3" in caught.value.hint
     assert train(model, tokenizer, pairs, config.replace(micro_batch=3)).status == "finished"
+
+
+def test_the_batch_that_did_not_fit_is_let_go_before_parts_are_tried(model, tokenizer, pairs, monkeypatch):
+    held = []
+    ranked = headscale.trainer.ranking_loss
+
+    def full_once(loss, queries, documents, *args, **kwargs):
+        if not held:
+            held.append(weakref.ref(queries))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None
+        return ranked(loss, queries, documents, *args, **kwargs)
+
+    monkeypatch.setattr(headscale.trainer, "ranking_loss", full_once)
+    with pytest.raises(MemoryForecastError, match="4 queries and 4 documents") as caught:
+        Trainer(model, tokenizer, CONFIG).step([next(batches(pairs, batch_size=4))])
+    assert "`micro_batch` 2" in caught.value.hint
+
+
+def test_out_of_memory_in_every_part_says_that_nothing_fits(model, tokenizer, pairs, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(headscale.encoder, "splade_pool", full)
+    with pytest.raises(MemoryForecastError) as caught:
+        Trainer(model, tokenizer, CONFIG).step([next(batches(pairs, batch_size=4))])
+    assert "not even one text fits" in caught.value.hint
 
 
 def test_a_step_that_would_not_fit_in_a_cpu_is_refused_before_it_starts(model, tokenizer, pairs, monkeypatch):
