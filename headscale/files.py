@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path, PurePosixPath
@@ -65,27 +64,30 @@ class Files(Protocol):
 
 
 class _FileReader:
-    """Plain reads at an offset: unlike a memory map they never grow the resident set."""
+    """Plain unbuffered reads: unlike a memory map they never grow the resident set."""
 
     def __init__(self, path: Path, label: str, start: int) -> None:
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise UnreadableError(f"`{path}` cannot be opened: {error.strerror}", "check the permissions") from error
-        self._label, self._position, self.received = label, start, 0
+        self._label, self._start, self.received = label, start, 0
+        self._file.seek(start)
 
     def readinto(self, buffer: memoryview) -> None:
+        """Fill the buffer with the next bytes, or raise `UnreadableError`."""
         filled = 0
         while filled < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[filled:]], self._position)
-            if count == 0:
-                raise UnreadableError(f"`{self._label}` is truncated: it ends at byte {self._position}", DOWNLOAD_AGAIN)
+            count = self._file.readinto(buffer[filled:])
+            if not count:
+                end = self._start + self.received + filled
+                raise UnreadableError(f"`{self._label}` is truncated: it ends at byte {end}", DOWNLOAD_AGAIN)
             filled += count
-            self._position += count
         self.received += filled
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Close the file."""
+        self._file.close()
 
 
 class LocalFiles:

@@ -39,7 +39,8 @@ def copy_range(old: BinaryIO, new: BinaryIO, start: int, count: int, name: str) 
             done += moved
     new.seek(0, os.SEEK_END)
     while done < count:
-        block = os.pread(old.fileno(), min(_BLOCK, count - done), start + done)
+        old.seek(start + done)
+        block = old.read(min(_BLOCK, count - done))
         if not block:
             raise UnreadableError(f"`{name}` became shorter while it was copied", "let nothing write to it meanwhile")
         new.write(block)
