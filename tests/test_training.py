@@ -214,8 +214,9 @@ def plain_reps(model, tokenizer, texts, length) -> torch.Tensor:
     return (torch.log1p(torch.relu(logits)) * batch["attention_mask"][:, :, None]).amax(1)
 
 
-def test_losses_scores_and_gradients_of_the_first_step(model, tokenizer, pairs):
-    config = CONFIG.replace(steps=1, ramp_steps=0, negatives=2, clip=0.5, temperature=0.7)
+@pytest.mark.parametrize("clip", [0.5, 1e6, None])
+def test_losses_scores_and_gradients_of_the_first_step(model, tokenizer, pairs, clip):
+    config = CONFIG.replace(steps=1, ramp_steps=0, negatives=2, clip=clip, temperature=0.7)
     record = train(model, tokenizer, pairs, config).steps[0]
     batch = next(batches(pairs, batch_size=4, negatives=2))
     queries = plain_reps(model, tokenizer, batch.queries, 12)
@@ -241,7 +242,7 @@ def test_losses_scores_and_gradients_of_the_first_step(model, tokenizer, pairs):
     assert record.grad_norm_head == pytest.approx(of_head, **near)
     assert record.grad_norm_encoder == pytest.approx(of_rest, **near)
     assert record.grad_norm == pytest.approx(math.hypot(of_head, of_rest), **near)
-    assert record.clip_factor == pytest.approx(min(1.0, 0.5 / math.hypot(of_head, of_rest)), **near)
+    assert record.clip_factor == pytest.approx(min(1.0, (clip or math.inf) / record.grad_norm), **near)
 
 
 def test_learning_rate_and_lambdas_are_those_of_the_schedule_at_every_step(model, tokenizer, pairs):
