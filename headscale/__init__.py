@@ -1,5 +1,48 @@
-"""Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it."""
+"""Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it.
+
+The verbs are functions: `inspect`, `calibrate`, `profile`. Each takes a hub id, a directory or a loaded model,
+and returns a frozen record whose `to_dict()` gives plain JSON values.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from headscale.api import Loading, calibrate, inspect, profile
+    from headscale.calibration import Choice
+    from headscale.pooling import SpladeHead, max_logits, splade_pool
+
+_HOMES = {
+    "Choice": "headscale.calibration",
+    "Loading": "headscale.api",
+    "SpladeHead": "headscale.pooling",
+    "calibrate": "headscale.api",
+    "inspect": "headscale.api",
+    "max_logits": "headscale.pooling",
+    "profile": "headscale.api",
+    "splade_pool": "headscale.pooling",
+}
+
+__all__ = [
+    "Choice",
+    "Loading",
+    "SpladeHead",
+    "__version__",
+    "calibrate",
+    "inspect",
+    "max_logits",
+    "profile",
+    "splade_pool",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb when it is first used, so that importing headscale costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headscale' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -74,11 +74,14 @@ class Encoding:
     batch_size: int = CANDIDATES
 
 
+DEFAULT_ENCODING = Encoding()
+
+
 def observe(
     loaded: LoadedHead,
     tokenizer: Any,
     pairs: Sequence[Pair],
-    encoding: Encoding = Encoding(),
+    encoding: Encoding = DEFAULT_ENCODING,
     *,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Observation:
@@ -351,15 +354,15 @@ def scale_curve(
         scale_bias: whether the bias is scaled with the matrix.
         shift: added to the bias before the scale.
     """
-    narrowed = _only_active(seen, shift) if scale_bias else seen
+    narrowed = only_active(seen, shift) if scale_bias else seen
     vocab = seen.query.largest.shape[1]
-    points = [_curve_point(narrowed, vocab, a, scale_bias, shift) for a in scales]
+    points = [curve_point(narrowed, vocab, a, scale_bias, shift) for a in scales]
     columns = {key: tuple(point[key] for point in points) for key in points[0]}
     return ScaleCurve(scale=tuple(float(a) for a in scales), **columns)
 
 
-def _only_active(seen: Observation, shift: float) -> Observation:
-    """Leave out the terms that are active in no text: a positive factor never wakes one."""
+def only_active(seen: Observation, shift: float) -> Observation:
+    """The same observation without the terms that are active in no text: a positive factor never wakes one."""
     from dataclasses import replace
 
     awake = (seen.query.largest.amax(0) + shift > 0) | (seen.document.largest.amax(0) + shift > 0)
@@ -370,7 +373,10 @@ def _only_active(seen: Observation, shift: float) -> Observation:
     return replace(seen, query=query, document=document, bias=None)
 
 
-def _curve_point(seen: Observation, vocab: int, scale: float, scale_bias: bool, shift: float) -> dict[str, float]:
+def curve_point(seen: Observation, vocab: int, scale: float, scale_bias: bool, shift: float) -> dict[str, Any]:
+    """One point of `scale_curve`; `vocab` is the full vocabulary where `seen` holds the active terms only."""
+    from headscale.observation import cosine
+
     kept = None if scale_bias else seen.bias
     queries = representation(seen.query.largest, scale, shift=shift, kept_bias=kept)
     documents = representation(seen.document.largest, scale, shift=shift, kept_bias=kept)
@@ -382,6 +388,7 @@ def _curve_point(seen: Observation, vocab: int, scale: float, scale_bias: bool, 
         "l1": total / len(documents),
         "active_mean_weight": total / max(1.0, active),
         "active_dims": active / len(documents),
+        "cosine": cosine(documents),
         "score_sd": scores["score_sd"],
         "score_margin": scores["score_margin"],
         "flops_reg_query": float(queries.mean(0).square().sum()),
@@ -396,7 +403,7 @@ def gradient_norms(
     loaded: LoadedHead,
     tokenizer: Any,
     pairs: Sequence[Pair],
-    encoding: Encoding = Encoding(),
+    encoding: Encoding = DEFAULT_ENCODING,
 ) -> GradientNorms:
     """Gradient norms of head and encoder for the contrastive loss of the first batch, in evaluation mode.
 

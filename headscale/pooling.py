@@ -234,7 +234,7 @@ class _PooledHead(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, mask, values, winners)
             ctx.scale = scale
             ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.log1p(torch.relu(scale * _unpacked(values, packing)))
+        return _unpacked(values, packing).mul(scale).relu_().log1p_()
 
     @staticmethod
     @once_differentiable
@@ -253,7 +253,7 @@ class _PooledHead(torch.autograd.Function):
 
 def _slope(values: Tensor, scale: float, grad: Tensor) -> Tensor:
     """Gradient of the maxima: 0 where the term is inactive, NaN where the maximum is."""
-    slope = scale / (scale * values + 1)
+    slope = values.mul(scale).add_(1).reciprocal_().mul_(scale)  # in place: fresh pages cost more than the sums
     return slope.mul_(grad).masked_fill_(values <= 0, 0)
 
 

@@ -307,6 +307,7 @@ class ScaleCurve(Record):
     l1: tuple[float, ...]
     active_mean_weight: tuple[float, ...]
     active_dims: tuple[float, ...]
+    cosine: tuple[float | None, ...]  # between different documents
     score_sd: tuple[float, ...]
     score_margin: tuple[float, ...]
     flops_reg_query: tuple[float, ...]
@@ -356,3 +357,101 @@ class Written(Record):
     config: dict[str, Any]
     proofs: tuple[Proof, ...]
     warnings: tuple[str, ...]
+
+
+# --- judging and calibrating ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict(Record):
+    """A word from a closed list with what it rests on: inspect, calibrate and trial each have their own list."""
+
+    word: str
+    statistic: str  # the name of what was compared
+    value: float | None
+    threshold: float | None
+    band: tuple[float | None, float | None]  # where `ok` would lie
+    evidence: str  # one sentence
+
+
+@dataclass(frozen=True)
+class Inspection(Record):
+    """Everything `inspect` knows of one backbone; outputs are None with weights only."""
+
+    name: str
+    revision: str | None
+    head: Head
+    weights: WeightStatistics
+    vocabulary: VocabularyStatistics | None
+    texts: TextSettings | None
+    logits: LogitStatistics | None
+    output: OutputStatistics | None
+    curve: ScaleCurve | None
+    gradients: GradientNorms | None
+    verdict: Verdict
+    warnings: tuple[str, ...] = ()
+    bytes_read: int | None = None  # of headers and tensors, where they were read from a checkpoint
+
+
+@dataclass(frozen=True)
+class Target(Record):
+    """One way of choosing the constant: what it matches, what that gives, and what it leads to."""
+
+    name: str  # norm, activation, score, loss, constant, width
+    statistic: str
+    target: float | None  # the value to reach; None where there is nothing to match
+    scale: float | None  # None where no constant reaches it
+    snapped: float | None  # the nearest power of two (for loss, the one below)
+    loss_over_ln_n: float | None  # at the constant that would be written
+    active_mean_weight: float | None
+    score_sd: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class LambdaAdvice(Record):
+    """By what to multiply lambda so that the regularizer starts where it did: flops_reg(1) / flops_reg(a)."""
+
+    query: float | None
+    document: float | None
+
+
+@dataclass(frozen=True)
+class Calibration(Record):
+    """The constant chosen for one backbone, everything it was chosen from, and what goes with it."""
+
+    name: str
+    revision: str | None
+    reference: str
+    reference_origin: str
+    match: str  # the target that was used
+    match_reason: str
+    scale: float | None
+    head_lr_multiplier: float
+    scale_bias: bool
+    shift: float
+    snapped: bool
+    targets: tuple[Target, ...]
+    disagreement: str  # in words, or ""
+    curve: ScaleCurve
+    texts: TextSettings
+    before: OutputStatistics
+    after: OutputStatistics | None
+    lambda_advice: LambdaAdvice
+    verdict: Verdict
+    advice: tuple[str, ...]
+    written: Written | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Profile(Record):
+    """A reference's statistics, small enough to keep: outputs are None where only its weights were within reach."""
+
+    name: str
+    revision: str | None
+    origin: str  # "measured", "weights only", "bundled"
+    weights: WeightStatistics
+    output: OutputStatistics | None
+    texts: TextSettings | None
+    version: str  # of headscale

@@ -183,13 +183,13 @@ def gradients(
     Returns:
         (packed, d) in the dtype of `slope`, or None; (vocab, d) in the dtype of `weight`, or None.
     """
-    rows = winners + packing.starts.to(torch.int32)[:, None]  # packed token of every entry
-    active = slope.ne(0).any(0).nonzero().squeeze(1)
+    starts = packing.starts.to(torch.int32)[:, None]
+    active = slope.any(0).nonzero().squeeze(1)
     every_term = len(active) == len(weight)
     by_token = torch.zeros_like(packing.tokens) if need_hidden else None
     by_term = _fresh(weight, zero=not every_term) if need_weight else None
     for chunk in _chunks(active, weight.shape[1] * slope.element_size(), every_term):
-        entries = _Entries(rows[:, chunk], slope[:, chunk])
+        entries = _Entries(winners[:, chunk] + starts, slope[:, chunk])
         if by_token is not None:
             by_token += entries.summed_by_token(weight[chunk].to(slope.dtype).contiguous(), len(by_token))
         if by_term is not None:

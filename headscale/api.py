@@ -1,0 +1,268 @@
+"""The public verbs: what each command does, from arguments to a record, with nothing parsed and nothing printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscale import __version__, cells
+from headscale.inspection import Batches, Measured, Texts, built_in_texts, inspect_weights, measure, texts_of
+from headscale.profiles import DEFAULT_REFERENCE, Reference, from_dict, profile_of, resolve_reference
+from headscale.records import Calibration, Inspection, Profile, Written
+
+if TYPE_CHECKING:
+    from headscale.apply import Change
+    from headscale.backbone import Backbone
+    from headscale.calibration import Choice
+    from headscale.texts import Pair
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How backbones are opened.
+
+    Args:
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run a repository's own modelling code.
+        device: where models go.
+        spectral: add singular values to the norms.
+        tell: told in a sentence what is fetched, reused or replaced.
+        on_batch: called with (batches done, batches in all).
+    """
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "cpu"
+    spectral: bool = False
+    tell: Tell | None = None
+    on_batch: Batches | None = None
+
+    def open(self, name: str) -> Backbone:
+        """Load a backbone."""
+        from headscale.backbone import load_backbone
+
+        return load_backbone(
+            name,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            device=self.device,
+            on_progress=self.tell,
+        )
+
+    def say(self, sentence: str) -> None:
+        """Tell, if someone listens."""
+        if self.tell:
+            self.tell(sentence)
+
+
+def inspect(
+    backbone: Any,
+    tokenizer: Any = None,
+    *,
+    pairs: Sequence[Pair] | None = None,
+    weights_only: bool = False,
+    loading: Loading | None = None,
+) -> Inspection:
+    """Measure the MLM head of a backbone and what it puts out.
+
+    Args:
+        backbone: a hub id, a directory, `bundled:NAME`, or a loaded model (then with its tokenizer).
+        tokenizer: of a loaded model.
+        pairs: query-document pairs; the built-in docstrings by default.
+        weights_only: read the head's tensors only; no text, and the verdict stays `unjudged`.
+        loading: how the backbone is opened.
+
+    Returns:
+        The inspection; `to_dict()` gives plain JSON values.
+
+    Raises:
+        HeadscaleError: the backbone cannot be read, has no trained head, or cannot serve SPLADE.
+
+    Example:
+        >>> import headscale
+        >>> headscale.inspect("bundled:tiny-bert", weights_only=True).verdict.word
+        'unjudged'
+    """
+    loading = loading or Loading()
+    if weights_only and isinstance(backbone, str | Path):
+        return inspect_weights(backbone, revision=loading.revision, spectral=loading.spectral, tell=loading.tell)
+    return _measured(backbone, tokenizer, _texts(pairs, loading), loading).inspection
+
+
+def calibrate(
+    backbone: Any,
+    tokenizer: Any = None,
+    *,
+    reference: str | Profile = DEFAULT_REFERENCE,
+    choice: Choice | None = None,
+    pairs: Sequence[Pair] | None = None,
+    save: str | Path | None = None,
+    mode: str = "auto",
+    overwrite: bool = False,
+    loading: Loading | None = None,
+) -> Calibration:
+    """Choose the constant that puts a backbone's outputs where a reference's are, and write it if asked.
+
+    Args:
+        backbone: a hub id, a directory, `bundled:NAME`, or a loaded model (then with its tokenizer).
+        tokenizer: of a loaded model.
+        reference: a hub id, a directory, `bundled:NAME`, a profile file or a profile.
+        choice: which target, and how (`headscale.calibration.Choice`).
+        pairs: query-document pairs; the built-in docstrings by default.
+        save: write the drop-in checkpoint there.
+        mode: `untie`, `fold` or `auto`.
+        overwrite: replace a checkpoint that is at `save`.
+        loading: how backbones are opened.
+
+    Returns:
+        The constant with every target beside it; `scale` is None where the target is out of reach.
+
+    Raises:
+        HeadscaleError: a backbone cannot be read or the checkpoint cannot be written.
+
+    Example:
+        >>> import headscale
+        >>> found = headscale.calibrate("bundled:tiny-modernbert", reference="bundled:tiny-bert")
+        >>> found.scale < 1
+        True
+    """
+    from headscale.calibration import choose
+
+    loading = loading or Loading()
+    texts = _texts(pairs, loading)
+    measured = _measured(backbone, tokenizer, texts, loading)
+    if isinstance(reference, Profile):
+        found = Reference(reference, "given")
+    else:
+        found = find_reference(reference, texts, loading)
+    calibration = choose(measured, found, choice)
+    if save is None or calibration.scale is None:
+        return calibration
+    assert measured.backbone is not None
+    return replace(calibration, written=write(measured.backbone, calibration, save, mode, overwrite=overwrite))
+
+
+def write(
+    backbone: Backbone, calibration: Calibration, target: str | Path, mode: str = "auto", *, overwrite: bool = False
+) -> Written:
+    """Write a calibrated checkpoint with `headscale.json` beside it, and prove it.
+
+    Args:
+        backbone: the original, loaded from disk.
+        calibration: what was chosen; its scale is not None.
+        target: the new directory.
+        mode: `untie`, `fold` or `auto`.
+        overwrite: replace a checkpoint that is there.
+    """
+    from headscale.apply import Change, save_rescaled
+
+    assert calibration.scale is not None
+    change = Change(calibration.scale, mode, calibration.scale_bias, calibration.shift)
+    return save_rescaled(backbone, target, change, metadata=_metadata(calibration, change), overwrite=overwrite)
+
+
+def profile(name: str, *, pairs: Sequence[Pair] | None = None, loading: Loading | None = None) -> Profile:
+    """The statistics of a reference, small enough to keep and to give as `reference`."""
+    return profile_of(inspect(name, pairs=pairs, loading=loading))
+
+
+def find_reference(name: str, texts: Texts | None, loading: Loading) -> Reference:
+    """A reference by name, measured on the same texts where the whole model is within reach."""
+
+    def by_name(one: str, weights_only: bool) -> Inspection:
+        own = replace(loading, revision=None)
+        if weights_only or texts is None:
+            return inspect_weights(one, spectral=loading.spectral, tell=loading.tell)
+        return measure(own.open(one), texts, spectral=True, is_reference=True, on_batch=loading.on_batch).inspection
+
+    settings = None if texts is None else texts.settings
+    return resolve_reference(name, settings, measure=by_name, tell=loading.tell)
+
+
+def inspect_in_run(
+    name: str, texts: Texts | None, run: Path, *, force: bool = False, is_reference: bool = False, loading: Loading
+) -> Inspection:
+    """`inspect` through the run folder: reuse a finished cell of the same inputs, else compute and keep it."""
+    configuration = {
+        "name": name,
+        "identity": identity(name, loading.revision),
+        "texts": None if texts is None else texts.settings.to_dict(),
+        "spectral": loading.spectral,
+        "reference": is_reference,
+        "headscale": __version__,
+    }
+    folder = cells.cell_folder(run, "inspect", name, cells.cell_key(configuration))
+    kept = None if force else cells.finished(folder, configuration)
+    if kept is not None:
+        loading.say(f"`{name}`: reusing `{folder}` (`--force` measures again)")
+        return from_dict(Inspection, kept)
+    if texts is None:
+        inspection = inspect_weights(name, revision=loading.revision, spectral=loading.spectral, tell=loading.tell)
+    else:
+        inspection = measure(
+            loading.open(name), texts, spectral=loading.spectral, is_reference=is_reference, on_batch=loading.on_batch
+        ).inspection
+    cells.write_cell(folder, "inspect", configuration, inspection.to_dict())
+    return inspection
+
+
+def identity(name: str, revision: str | None = None) -> Any:
+    """What a name stands for right now: a commit of a hub id, or the sizes and times of a directory's files."""
+    from headscale.checkpoint import open_checkpoint
+
+    with open_checkpoint(name, revision=revision) as checkpoint:
+        if checkpoint.revision is not None:
+            return checkpoint.revision
+        directory = checkpoint.directory
+    if directory is None:
+        return None
+    files = sorted(f for f in directory.iterdir() if f.is_file())
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def inspected_names(run: Path) -> list[str]:
+    """Backbones inspected with texts in a run folder, other than references, in the order of their folders."""
+    if not run.is_dir():
+        return []
+    found = [cell["configuration"] for cell in cells.find_cells(run, "inspect")]
+    return list(dict.fromkeys(c["name"] for c in found if c["texts"] is not None and not c["reference"]))
+
+
+def _texts(pairs: Sequence[Pair] | None, loading: Loading) -> Texts:
+    return built_in_texts(tell=loading.tell) if pairs is None else texts_of(pairs, "given")
+
+
+def _measured(backbone: Any, tokenizer: Any, texts: Texts, loading: Loading) -> Measured:
+    from headscale.backbone import handed_over
+
+    by_name = isinstance(backbone, str | Path)
+    opened = loading.open(str(backbone)) if by_name else handed_over(backbone, tokenizer)
+    return measure(opened, texts, spectral=loading.spectral, on_batch=loading.on_batch)
+
+
+def _metadata(calibration: Calibration, change: Change) -> dict[str, Any]:
+    """The content of `headscale.json` but for what the writer adds."""
+    from headscale.environment import environment
+
+    return {
+        "schema": "headscale.checkpoint/1",
+        "headscale": __version__,
+        "source": {"name": calibration.name, "revision": calibration.revision},
+        "scale": change.scale,
+        "head_lr_multiplier": calibration.head_lr_multiplier,
+        "bias_policy": "scale" if change.scale_bias else "keep",
+        "shift": change.shift,
+        "match": calibration.match,
+        "reference": {"name": calibration.reference, "origin": calibration.reference_origin},
+        "targets": [t.to_dict() for t in calibration.targets],
+        "lambda_advice": calibration.lambda_advice.to_dict(),
+        "advice": list(calibration.advice),
+        "texts": calibration.texts.to_dict(),
+        "before": calibration.before.to_dict(),
+        "after": None if calibration.after is None else calibration.after.to_dict(),
+        "env": environment(),
+    }

@@ -1,0 +1,42 @@
+"""Versions and machine, for bug reports and for the provenance of results; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+from headscale import __version__
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of headscale, Python and the packages that results depend on; None for what is not installed."""
+    return {
+        "headscale": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
