@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,47 @@ def write(
     return save_rescaled(backbone, target, change, metadata=_metadata(calibration, change), overwrite=overwrite)
 
 
+def calibrate_in_run(
+    name: str,
+    texts: Texts,
+    run: Path,
+    *,
+    reference: Reference,
+    choice: Choice,
+    save: Path | None = None,
+    mode: str = "auto",
+    overwrite: bool = False,
+    loading: Loading,
+) -> Calibration:
+    """`calibrate` for one backbone by name, kept in the run folder; the checkpoint is written when asked for."""
+    from headscale.calibration import choose
+
+    measured = _measured(name, None, texts, loading)
+    calibration = choose(measured, reference, choice)
+    if save is not None and calibration.scale is not None:
+        assert measured.backbone is not None
+        written = write(measured.backbone, calibration, save, mode, overwrite=overwrite)
+        calibration = replace(calibration, written=written)
+    configuration = {
+        "name": name,
+        "identity": identity(name, loading.revision),
+        "texts": texts.settings.to_dict(),
+        "reference": [reference.profile.name, reference.profile.revision],
+        "choice": asdict(choice),
+        "headscale": __version__,
+    }
+    folder = cells.cell_folder(run, "calibrate", name, cells.cell_key(configuration))
+    cells.write_cell(folder, "calibrate", configuration, calibration.to_dict())
+    return calibration
+
+
+def measure_by_name(name: str, texts: Texts, loading: Loading, *, is_reference: bool = False) -> Inspection:
+    """Load a backbone and measure it on the texts."""
+    return measure(
+        loading.open(name), texts, spectral=loading.spectral, is_reference=is_reference, on_batch=loading.on_batch
+    ).inspection
+
+
 def profile(name: str, *, pairs: Sequence[Pair] | None = None, loading: Loading | None = None) -> Profile:
     """The statistics of a reference, small enough to keep and to give as `reference`."""
     return profile_of(inspect(name, pairs=pairs, loading=loading))
@@ -174,10 +215,9 @@ def find_reference(name: str, texts: Texts | None, loading: Loading) -> Referenc
     """A reference by name, measured on the same texts where the whole model is within reach."""
 
     def by_name(one: str, weights_only: bool) -> Inspection:
-        own = replace(loading, revision=None)
         if weights_only or texts is None:
             return inspect_weights(one, spectral=loading.spectral, tell=loading.tell)
-        return measure(own.open(one), texts, spectral=True, is_reference=True, on_batch=loading.on_batch).inspection
+        return measure_by_name(one, texts, replace(loading, revision=None, spectral=True), is_reference=True)
 
     settings = None if texts is None else texts.settings
     return resolve_reference(name, settings, measure=by_name, tell=loading.tell)
@@ -203,9 +243,7 @@ def inspect_in_run(
     if texts is None:
         inspection = inspect_weights(name, revision=loading.revision, spectral=loading.spectral, tell=loading.tell)
     else:
-        inspection = measure(
-            loading.open(name), texts, spectral=loading.spectral, is_reference=is_reference, on_batch=loading.on_batch
-        ).inspection
+        inspection = measure_by_name(name, texts, loading, is_reference=is_reference)
     cells.write_cell(folder, "inspect", configuration, inspection.to_dict())
     return inspection
 

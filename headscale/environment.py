@@ -35,6 +35,24 @@ def environment() -> dict[str, Any]:
     }
 
 
+def describe() -> dict[str, Any]:
+    """The environment flat, with device, threads and cache folders, for a person to read."""
+    import torch
+
+    from headscale.docstrings import cache_dir
+
+    known = environment()
+    packages = known.pop("packages")
+    return {
+        **known,
+        **packages,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "mps": torch.backends.mps.is_available(),
+        "cache": str(cache_dir()),
+    }
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

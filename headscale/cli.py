@@ -1,0 +1,461 @@
+"""The command line: parse, call, render, and nothing else. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headscale import __version__
+from headscale.errors import HeadscaleError, UsageError
+from headscale.render import Voice
+
+if TYPE_CHECKING:
+    from headscale.api import Loading
+    from headscale.inspection import Texts
+    from headscale.records import Profile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it.",
+)
+_state: dict[str, Any] = {"debug": False, "saved": None}
+_EMPTY: list[str] = []
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors; the result is printed as ever.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the JSON to FILE.")]
+Run = Annotated[Path, typer.Option("--run", metavar="DIR", help="The run folder: finished results are kept there.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure again what the run folder already holds.")]
+Ref = Annotated[
+    str, typer.Option("--reference", metavar="NAME", help="An id, a directory or a profile to compare with.")
+]
+TextFile = Annotated[Path | None, typer.Option("--texts", metavar="FILE", help="Texts, one a line or JSONL.")]
+PairFile = Annotated[Path | None, typer.Option("--pairs", metavar="FILE", help="Query-document pairs, TSV or JSONL.")]
+Count = Annotated[int, typer.Option("--num-pairs", min=1, help="How many pairs to measure on.")]
+QueryLength = Annotated[int, typer.Option(min=3, help="Tokens of a query, special ones included.")]
+DocumentLength = Annotated[int, typer.Option(min=3, help="Tokens of a document, special ones included.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run a repository's own modelling code.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps.")]
+Spectral = Annotated[bool, typer.Option("--spectral", help="Add singular values, spectral norm and stable rank.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the result: .svg, .png or .pdf.")]
+
+_RUN = Path("headscale-runs")
+
+
+def main() -> None:
+    """Run the program and leave with its exit code."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the program on arguments; returns the exit code (0, 1, 2, 3 or 130)."""
+    _state.update(debug=False, saved=None)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except typer.BadParameter as error:
+        return _fail(UsageError(error.format_message().rstrip(".").replace("'", "`"), "see `headscale --help`"))
+    except typer.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except HeadscaleError as error:
+        return _fail(error)
+    except BrokenPipeError:  # `| head`: nothing to say, nobody to say it to
+        with suppress(OSError):
+            sys.stdout.close()
+        return 0
+    except Exception as error:
+        return _unexpected(error)
+    if code == 130:
+        return _interrupted()
+    return int(code or 0)
+
+
+def _fail(error: HeadscaleError) -> int:
+    if _state["debug"]:
+        raise error
+    Voice().error(error)
+    return error.exit_code
+
+
+def _unexpected(error: Exception) -> int:
+    usage = getattr(error, "format_message", None)
+    if usage is not None and hasattr(error, "exit_code"):  # typer's own usage errors
+        message = str(usage()).rstrip(".")
+        return _fail(UsageError(message[:1].lower() + message[1:], "see `headscale --help`"))
+    if _state["debug"]:
+        raise error
+    kind = type(error).__name__
+    Voice().error(
+        HeadscaleError(f"something unforeseen went wrong: {kind}: {error}", "run it again with `--debug` and report it")
+    )
+    return 3
+
+
+def _interrupted() -> int:
+    saved = _state["saved"]
+    where = f"what was finished is in `{saved}`; the same command goes on from there" if saved else "nothing was kept"
+    print(f"\ninterrupted: {where}", file=sys.stderr)
+    return 130
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"headscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="Hub ids or directories.")],
+    reference: Ref = "bert-base-uncased",
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Norms alone: reads the head, runs nothing.")
+    ] = False,
+    spectral: Spectral = False,
+    texts: TextFile = None,
+    pairs: PairFile = None,
+    num_pairs: Count = 128,
+    query_length: QueryLength = 32,
+    document_length: DocumentLength = 128,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    device: Device = "cpu",
+    check: Annotated[bool, typer.Option("--check", help="Leave with 1 unless every verdict is ok.")] = False,
+    plot: Plot = None,
+    output: Output = None,
+    run_folder: Run = _RUN,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure MLM-head norms and output statistics against a reference."""
+    voice = _begin(f"inspecting {', '.join(backbones)}", quiet, debug, run_folder)
+    from headscale.api import find_reference, inspect_in_run
+    from headscale.render import INSPECT_COLUMNS, inspect_rows, show, write_document
+
+    chosen = None if weights_only else _read_texts(texts, pairs, num_pairs, query_length, document_length, voice)
+    loading = _loading(voice, revision, trust_remote_code, device, spectral)
+    with voice.progress(f"reference {reference}") as bar:
+        profile = _reference(lambda: find_reference(reference, chosen, _watched(loading, bar)).profile, voice)
+    found = []
+    for name in backbones:
+        with voice.progress(name) as bar:
+            inspection = _try(
+                lambda name=name, bar=bar: inspect_in_run(  # type: ignore[misc]
+                    name,
+                    chosen,
+                    run_folder,
+                    force=force,
+                    is_reference=name == reference,
+                    loading=_watched(loading, bar),
+                ),
+                voice,
+                name,
+            )
+        if inspection is not None:
+            found.append(inspection)
+    for inspection in found:
+        _explain(inspection, voice)
+    if as_json:
+        write_document("inspect", found, voice.errors or [])
+    elif found:
+        show(inspect_rows(found, profile), INSPECT_COLUMNS)
+    if output is not None:
+        write_document("inspect", found, voice.errors or [], output)
+    if plot is not None and found:
+        _draw(plot, "curves_of_constants", found)
+    bad = check and any(i.verdict.word not in ("ok", "reference") for i in found)
+    raise typer.Exit(3 if voice.errors else int(bad))
+
+
+@app.command()
+def calibrate(
+    backbones: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[BACKBONE...]", help="By default those inspected before, else the bundled ones."),
+    ] = None,
+    reference: Ref = "bert-base-uncased",
+    match: Annotated[
+        str, typer.Option(help="auto, norm, activation, score, loss, constant or width.", metavar="TARGET")
+    ] = "auto",
+    norm: Annotated[str, typer.Option(help="Which norm `norm` matches.", metavar="NORM")] = "frobenius",
+    activation: Annotated[str, typer.Option(help="What `activation` matches.", metavar="STATISTIC")] = "mean_weight",
+    score: Annotated[str, typer.Option(help="What `score` matches.", metavar="STATISTIC")] = "score_sd",
+    k: Annotated[float, typer.Option("--k", help="The constant is 1/K with `--match constant`.")] = 16.0,
+    ceiling: Annotated[float, typer.Option(help="c of `loss`: the largest a with L(a) <= c ln N.")] = 1.25,
+    snap: Annotated[bool, typer.Option("--snap/--no-snap", help="Round the constant to a power of two.")] = True,
+    scale_bias: Annotated[bool, typer.Option("--scale-bias/--no-scale-bias", help="Scale the bias too.")] = True,
+    shift: Annotated[
+        bool, typer.Option("--shift", help="Also move the bias to the reference's share of active dims.")
+    ] = False,
+    head_lr_multiplier: Annotated[
+        float, typer.Option(min=0.0, help="Of the head's learning rate; stored as advice.")
+    ] = 1.0,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the drop-in checkpoint, proven.")] = None,
+    mode: Annotated[str, typer.Option(help="untie, fold or auto.", metavar="MODE")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DIR.")] = False,
+    texts: TextFile = None,
+    pairs: PairFile = None,
+    num_pairs: Count = 128,
+    query_length: QueryLength = 32,
+    document_length: DocumentLength = 128,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    device: Device = "cpu",
+    plot: Plot = None,
+    output: Output = None,
+    run_folder: Run = _RUN,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Pick the rescale constant that matches a reference, and write the drop-in checkpoint."""
+    voice = _begin("calibrating", quiet, debug, run_folder)
+    from headscale.api import calibrate_in_run, find_reference
+    from headscale.calibration import Choice
+    from headscale.render import CALIBRATE_COLUMNS, show, target_rows, write_document
+    from headscale.rescaling import MODES
+
+    if mode not in MODES or mode == "logits":
+        raise UsageError(f"`--mode {mode}` is none of untie, fold, auto", "see `headscale calibrate --help`")
+    choice = Choice(match, norm, activation, score, k, ceiling, snap, scale_bias, shift, head_lr_multiplier)
+    names = backbones or _default_backbones(run_folder, reference, voice)
+    chosen = _read_texts(texts, pairs, num_pairs, query_length, document_length, voice)
+    loading = _loading(voice, revision, trust_remote_code, device, norm == "spectral_norm")
+    with voice.progress(f"reference {reference}") as bar:
+        found_reference = find_reference(reference, chosen, _watched(loading, bar))
+    found = []
+    for name in names:
+        target = None if save is None else (save if len(names) == 1 else save / name.replace("/", "--"))
+        with voice.progress(name) as bar:
+            calibration = _try(
+                lambda name=name, target=target, bar=bar: calibrate_in_run(  # type: ignore[misc]
+                    name,
+                    chosen,
+                    run_folder,
+                    reference=found_reference,
+                    choice=choice,
+                    save=target,
+                    mode=mode,
+                    overwrite=overwrite,
+                    loading=_watched(loading, bar),
+                ),
+                voice,
+                name,
+            )
+        if calibration is not None:
+            found.append(calibration)
+    if as_json:
+        write_document("calibrate", found, voice.errors or [])
+    elif found:
+        show(target_rows(found), CALIBRATE_COLUMNS)
+    if output is not None:
+        write_document("calibrate", found, voice.errors or [], output)
+    for calibration in found:
+        _advise(calibration, voice)
+    if plot is not None and found:
+        _draw(plot, "curves_of_constants", found)
+    unmatched = any(c.verdict.word != "matched" for c in found)
+    raise typer.Exit(3 if voice.errors else int(unmatched))
+
+
+@app.command()
+def profile(
+    backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="A hub id or a directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The profile, a small JSON file.")],
+    texts: TextFile = None,
+    pairs: PairFile = None,
+    num_pairs: Count = 128,
+    query_length: QueryLength = 32,
+    document_length: DocumentLength = 128,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Keep a reference's statistics as a small file, usable as `--reference`."""
+    voice = _begin(f"measuring {backbone}", quiet, debug, None)
+    if output.suffix != ".json":
+        raise UsageError(f"`{output}` does not end in `.json`", hint=f"use `-o {output.with_suffix('.json')}`")
+    from headscale.api import measure_by_name
+    from headscale.profiles import profile_of, write_profile
+
+    chosen = _read_texts(texts, pairs, num_pairs, query_length, document_length, voice)
+    loading = _loading(voice, revision, trust_remote_code, device, True)
+    with voice.progress(backbone) as bar:
+        inspection = measure_by_name(backbone, chosen, _watched(loading, bar), is_reference=True)
+    write_profile(profile_of(inspection), output)
+    print(output)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where figure and results go.")] = Path(
+        "headscale-demo"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="Trainings of each arm, paired.")] = 1,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the whole story on the bundled backbones: offline, on a CPU, in minutes."""
+    voice = _begin("the demo: inspect, calibrate and train the two bundled backbones", quiet, debug, output)
+    from headscale.demo import run_demo
+
+    raise typer.Exit(run_demo(output, voice, seeds=seeds, as_json=as_json))
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Print versions, device, cache and threads, for bug reports."""
+    from headscale.environment import describe
+    from headscale.render import full
+
+    found = describe()
+    if as_json:
+        from headscale.render import write_document
+
+        write_document("env", [found], [])
+        return
+    for name, value in found.items():
+        print(f"{name}\t{full(value)}")
+
+
+# --- what the commands share ---------------------------------------------------------------------------------------
+
+
+def _begin(sentence: str, quiet: bool, debug: bool, saved: Path | None) -> Voice:
+    """The first line, at once: what follows imports for seconds."""
+    _state.update(debug=debug, saved=saved)
+    voice = Voice(quiet=quiet, errors=[])
+    voice.note(f"headscale {__version__}: {sentence}")
+    return voice
+
+
+def _loading(voice: Voice, revision: str | None, trust: bool, device: str, spectral: bool) -> Loading:
+    from headscale.api import Loading
+
+    return Loading(revision=revision, trust_remote_code=trust, device=device, spectral=spectral, tell=voice.note)
+
+
+def _watched(loading: Loading, bar: Callable[[int, int], None]) -> Loading:
+    from dataclasses import replace
+
+    return replace(loading, on_batch=bar)
+
+
+def _read_texts(
+    texts: Path | None, pairs: Path | None, count: int, query_length: int, document_length: int, voice: Voice
+) -> Texts:
+    from headscale.activations import CANDIDATES, Encoding
+    from headscale.inspection import built_in_texts, halves, texts_of
+    from headscale.texts import read_pairs, read_texts
+
+    if texts is not None and pairs is not None:
+        raise UsageError("`--texts` and `--pairs` exclude each other", hint="give the one that holds your data")
+    encoding = Encoding(query_length, document_length, CANDIDATES)
+    if pairs is not None:
+        return texts_of(read_pairs(pairs)[:count], str(pairs), encoding)
+    if texts is not None:
+        voice.note("plain texts: the first third of each asks for the rest of it")
+        return texts_of(halves(read_texts(texts)[:count]), str(texts), encoding)
+    return built_in_texts(
+        pairs=count,
+        query_length=query_length,
+        document_length=document_length,
+        tell=lambda name: voice.note(f"reading docstrings of {name}"),
+    )
+
+
+def _try(compute: Callable[[], Any], voice: Voice, subject: str) -> Any:
+    """A result, or None with the error said: the other backbones still count."""
+    try:
+        return compute()
+    except UsageError:
+        raise
+    except HeadscaleError as error:
+        if _state["debug"]:
+            raise
+        voice.error(error, subject)
+        return None
+
+
+def _reference(find: Callable[[], Profile], voice: Voice) -> Profile | None:
+    """The reference for a comparison; without one, the backbones are still measured."""
+    try:
+        return find()
+    except UsageError:
+        raise
+    except HeadscaleError as error:
+        voice.error(error, "reference")
+        return None
+
+
+def _explain(inspection: Any, voice: Voice) -> None:
+    from headscale.diagnosis import causes
+
+    verdict = inspection.verdict
+    voice.note(f"{inspection.name}: {verdict.word}: {verdict.evidence}")
+    for cause in causes(verdict, inspection.output, inspection.vocabulary):
+        voice.note(f"  {cause}")
+    for warning in inspection.warnings:
+        voice.warn(f"{inspection.name}: {warning}")
+
+
+def _advise(calibration: Any, voice: Voice) -> None:
+    verdict = calibration.verdict
+    voice.note(f"{calibration.name}: {verdict.word} by {calibration.match}: {verdict.evidence}")
+    voice.note(f"  {calibration.match}: {calibration.match_reason}")
+    lines = [calibration.disagreement, *calibration.advice]
+    advice = calibration.lambda_advice
+    if advice.query and advice.document:
+        lines.append(f"multiply lambda by {advice.query:.3g} (queries) and {advice.document:.3g} (documents)")
+    for line in lines:
+        if line:
+            voice.note(f"  {line}")
+    if calibration.written is not None:
+        for proof in calibration.written.proofs:
+            voice.note(f"  proven with {proof.library}: largest error {proof.max_error:.1e} of the largest logit")
+        voice.note(f"  saved to {calibration.written.directory} ({calibration.written.mode})")
+    for warning in (*calibration.warnings, *(calibration.written.warnings if calibration.written else ())):
+        voice.warn(f"{calibration.name}: {warning}")
+
+
+def _default_backbones(run_folder: Path, reference: str, voice: Voice) -> list[str]:
+    from headscale import bundled
+    from headscale.api import inspected_names
+
+    names = [n for n in inspected_names(run_folder) if n != reference]
+    if names:
+        voice.note(f"no backbone given: those inspected in `{run_folder}`: {', '.join(names)}")
+        return names
+    names = [f"{bundled.PREFIX}{n}" for n in bundled.names() if f"{bundled.PREFIX}{n}" != reference]
+    voice.note(f"no backbone given, and none inspected yet: the bundled ones: {', '.join(names)}")
+    return names
+
+
+def _draw(path: Path, figure: str, found: list[Any]) -> None:
+    from headscale import figures
+
+    figures.save(getattr(figures, figure)(found), path)

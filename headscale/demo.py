@@ -1,0 +1,243 @@
+"""`demo`: the whole story on the bundled backbones, offline and on a CPU.
+
+Inspect both, calibrate the failing one against the reference, train it with and without the constant beside the
+untouched reference, draw the loss curves, and say in one sentence what happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headscale import bundled
+from headscale.records import Calibration, Record, TrainingRun
+from headscale.render import CALIBRATE_COLUMNS, INSPECT_COLUMNS, Column, Voice, show
+
+if TYPE_CHECKING:
+    from headscale.backbone import Backbone
+    from headscale.recipes import TrainingConfig
+    from headscale.texts import Pair
+
+PACKAGES = ("stdlib", "numpy", "pandas", "scipy")  # scanned in seconds; torch alone takes half a minute
+STEPS = 100  # collapse and rescue both show within it at this learning rate (measured, FACTS of the study in reports/)
+CANDIDATES = 500  # test pairs that are ranked at the end
+QUERY_LENGTH, DOCUMENT_LENGTH = 16, 48
+REFERENCE = f"{bundled.PREFIX}{bundled.REFERENCE}"
+FAILING = f"{bundled.PREFIX}{bundled.FAILING}"
+FIGURE = "loss.svg"
+
+
+@dataclass(frozen=True)
+class Arm(Record):
+    """One way of starting the training, and its runs over seeds."""
+
+    name: str
+    backbone: str
+    scale: float
+    head_lr_multiplier: float
+    runs: tuple[TrainingRun, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds of the loss over ln N at the end."""
+        return _mean([run.end.tail["loss_over_ln_n"] for run in self.runs])
+
+    @property
+    def active_dims(self) -> float:
+        """Mean over seeds of the documents' active dims at the end."""
+        return _mean([run.end.tail["active_dims_document"] for run in self.runs])
+
+    @property
+    def mrr(self) -> float:
+        """Mean over seeds of MRR@10 on the test pairs."""
+        return _mean([run.end.ranking.mrr_at_10 if run.end.ranking else None for run in self.runs])
+
+    @property
+    def spread(self) -> str:
+        """MRR@10 as mean ± sd over seeds, without the sd where there is one."""
+        import statistics
+
+        values = [run.end.ranking.mrr_at_10 or 0.0 for run in self.runs if run.end.ranking]
+        if len(values) < 2:
+            return f"{self.mrr:.3f}"
+        return f"{self.mrr:.3f} ± {statistics.stdev(values):.3f}"
+
+
+ARM_COLUMNS = (
+    Column("arm", lambda a: a.name),
+    Column("scale [x]", lambda a: a.scale),
+    Column("head lr [x]", lambda a: a.head_lr_multiplier),
+    Column("loss at step 0 [ln N]", lambda a: _mean([run.steps[0].loss_over_ln_n for run in a.runs])),
+    Column("loss at the end [ln N]", lambda a: a.loss),
+    Column("active d [dims]", lambda a: a.active_dims),
+    Column("MRR@10", lambda a: a.spread),
+)
+
+
+def demo_config(seed: int = 0) -> TrainingConfig:
+    """The demo's recipe: a whole, very short training, so that warmup, ramp and decay all happen.
+
+    In-batch negatives, FLOPS regularization with a quadratic ramp over a third of the steps and AdamW are the
+    recipe of arXiv 2107.05720 and of sentence-transformers; batch, lengths and learning rate suit tiny backbones.
+    """
+    from headscale.recipes import TrainingConfig
+
+    return TrainingConfig(
+        steps=STEPS,
+        batch_size=32,
+        lr=3e-4,
+        weight_decay=0.01,
+        lambda_query=3e-3,
+        lambda_document=1e-3,
+        query_length=QUERY_LENGTH,
+        document_length=DOCUMENT_LENGTH,
+        seed=seed,
+        device="cpu",
+    )
+
+
+def run_demo(output: Path, voice: Voice, *, seeds: int = 1, as_json: bool = False) -> int:
+    """Run the demo and print it.
+
+    Args:
+        output: the folder for cells, figure and result.
+        voice: what is said on stderr.
+        seeds: trainings of each arm.
+        as_json: print one JSON object instead of tables.
+
+    Returns:
+        The exit code: 0 where the calibrated arm ends below the untouched one, else 1.
+    """
+    from headscale import figures
+    from headscale.api import Loading
+    from headscale.render import write_document
+
+    loading = Loading(tell=voice.note)
+    calibration, backbones = _inspect_and_calibrate(loading, voice, silent=as_json)
+    arms = train_arms(calibration, backbones, output, voice, range(seeds))
+    sentence = conclusion(arms, calibration)
+    figure = figures.training_curves(
+        [(arm.name, arm.runs) for arm in arms],
+        title=f"{STEPS} SPLADE steps, batch 32, in-batch negatives, {seeds} seed{'s' * (seeds > 1)}",
+        subtitle=f"{bundled.FAILING}: constant {calibration.scale:g}, chosen by {calibration.match}",
+        reference=arms[0].name,
+    )
+    figures.save(figure, output / FIGURE)
+    write_document("demo", [calibration, *arms], [], output / "demo.json")
+    if as_json:
+        write_document("demo", [calibration, *arms], [])
+    else:
+        print("\nTraining")
+        show(arms, ARM_COLUMNS)
+        print(f"\nThe loss curves are in {output / FIGURE}.\n{sentence}")
+    return 0 if arms[2].loss < arms[1].loss else 1
+
+
+def _inspect_and_calibrate(loading: object, voice: Voice, *, silent: bool) -> tuple[Calibration, dict[str, Backbone]]:
+    from headscale.api import Loading
+    from headscale.calibration import choose
+    from headscale.inspection import built_in_texts, measure
+    from headscale.profiles import Reference, profile_of
+    from headscale.render import inspect_rows, target_rows
+
+    assert isinstance(loading, Loading)
+    texts = built_in_texts(pairs=64, query_length=QUERY_LENGTH, document_length=DOCUMENT_LENGTH, tell=loading.tell)
+    found = {}
+    for name in (REFERENCE, FAILING):
+        with voice.progress(f"inspecting {name}") as bar:
+            opened = replace(loading, on_batch=bar).open(name)
+            found[name] = measure(opened, texts, is_reference=name == REFERENCE, on_batch=bar)
+    profile = profile_of(found[REFERENCE].inspection, origin="bundled")
+    calibration = choose(found[FAILING], Reference(profile, "bundled"))
+    if not silent:
+        print("Inspection, untouched")
+        show(inspect_rows([m.inspection for m in found.values()], profile), INSPECT_COLUMNS)
+        print(f"\nCalibration of {FAILING}")
+        show(target_rows([calibration]), CALIBRATE_COLUMNS)
+        for line in (calibration.disagreement, *calibration.advice):
+            print(line)
+    backbones = {name: m.backbone for name, m in found.items() if m.backbone is not None}
+    return calibration, backbones
+
+
+def train_arms(
+    calibration: Calibration, backbones: dict[str, Backbone], output: Path, voice: Voice, seeds: Sequence[int]
+) -> list[Arm]:
+    """Train reference, untouched and calibrated arm over the same pairs and seeds; finished runs are reused."""
+    from headscale.texts import builtin_pairs
+
+    train_pairs = builtin_pairs("train", packages=PACKAGES)
+    test_pairs = builtin_pairs("test", packages=PACKAGES)[:CANDIDATES]
+    arms = []
+    for name, backbone, scale in _plans(calibration):
+        multiplier = 1.0 if scale is None else calibration.head_lr_multiplier
+        runs = []
+        for seed in seeds:
+            config = demo_config(seed)
+            if scale is not None:
+                config = config.replace(mode="untie", scale=scale, head_lr_multiplier=multiplier)
+            with voice.progress(f"training {name}, seed {seed}") as bar:
+                runs.append(_train(backbones[backbone], config, train_pairs, test_pairs, output, bar))
+        arms.append(Arm(name, backbone, scale or 1.0, multiplier, tuple(runs)))
+    return arms
+
+
+def _plans(calibration: Calibration) -> tuple[tuple[str, str, float | None], ...]:
+    """(name, backbone, constant or None for a head left as it is) of the three arms."""
+    return (
+        (f"{bundled.REFERENCE}, untouched", REFERENCE, None),
+        (f"{bundled.FAILING}, untouched", FAILING, None),
+        (f"{bundled.FAILING}, calibrated", FAILING, calibration.scale),
+    )
+
+
+def _train(
+    backbone: Backbone, config: TrainingConfig, pairs: Sequence[Pair], test: Sequence[Pair], output: Path, bar: object
+) -> TrainingRun:
+    from headscale import cells
+    from headscale.steplog import StepLog
+    from headscale.texts import corpus_fingerprint
+    from headscale.training import train
+
+    configuration = {
+        "backbone": backbone.name,
+        "training": config.to_dict(),
+        "texts": [corpus_fingerprint(pairs), corpus_fingerprint(test)],
+    }
+    folder = cells.cell_folder(output, "trial", backbone.name, cells.cell_key(configuration))
+    with StepLog(folder / cells.STEPS) as log:
+
+        def on_step(record: object) -> None:
+            log(record)  # type: ignore[arg-type]
+            bar(record.step + 1, config.steps)  # type: ignore[operator, attr-defined]
+
+        run = train(backbone.model, backbone.tokenizer, pairs, config, evaluation=test, on_step=on_step)
+    if run.status == "interrupted":
+        raise KeyboardInterrupt
+    cells.write_cell(folder, "trial", configuration, run.to_dict())
+    return run
+
+
+def conclusion(arms: Sequence[Arm], calibration: Calibration) -> str:
+    """What happened, in one sentence with its numbers."""
+    from headscale.calibration import ratio_text
+
+    reference, untouched, calibrated = arms
+    ranking = untouched.runs[0].end.ranking
+    chance = ranking.chance_mrr_at_10 if ranking else None
+    return (
+        f"Untouched, {bundled.FAILING} ended at {_ended(untouched)}; multiplied by {ratio_text(calibration.scale or 1.0)} "
+        f"before training, at {_ended(calibrated)}; the reference, untouched, at {_ended(reference)}. "
+        f"Chance is a loss of 1.00 x ln 32 and MRR@10 {chance or 0.0:.3f}."
+    )
+
+
+def _ended(arm: Arm) -> str:
+    return f"a loss of {arm.loss:.2f} x ln 32 and MRR@10 {arm.spread}"
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else float("nan")

@@ -1,0 +1,287 @@
+"""How records look on a terminal, as TSV and as JSON, and everything that goes to stderr beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from headscale.errors import HeadscaleError
+from headscale.records import Calibration, Inspection, OutputStatistics, Profile, Target, WeightStatistics, plain
+
+Cell = float | int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: a title with its unit, a value, and whether a terminal has room for it."""
+
+    title: str
+    value: Callable[[Any], Cell]
+    on_terminal: bool = True
+
+
+@dataclass
+class Voice:
+    """What is said on stderr; stdout holds the result alone.
+
+    Args:
+        quiet: say errors only.
+        errors: what went wrong so far, as `--json` will show it.
+    """
+
+    quiet: bool = False
+    errors: list[dict[str, str]] | None = None
+
+    def note(self, sentence: str) -> None:
+        """A line of progress or advice."""
+        if not self.quiet:
+            print(sentence, file=sys.stderr, flush=True)
+
+    def warn(self, sentence: str) -> None:
+        """Something the user should know that stops nothing."""
+        self.note(f"warning: {sentence}")
+
+    def error(self, error: HeadscaleError, subject: str = "") -> None:
+        """One sentence, an empty line, a hint; kept for `--json` too."""
+        if self.errors is not None:
+            self.errors.append({"subject": subject, "message": error.message, "hint": error.hint})
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"\nhint: {error.hint}", file=sys.stderr)
+        sys.stderr.flush()
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar with an ETA on a terminal, a line every tenth elsewhere; yields `(done, total) -> None`."""
+        if self.quiet:
+            yield lambda done, total: None
+        elif sys.stderr.isatty():
+            yield from _bar(title)
+        else:
+            yield _tenths(title, self)
+
+
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Left alone, Rich sends stdout to stderr as well while a bar is up.
+    with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tenths(title: str, voice: Voice) -> Callable[[int, int], None]:
+    said = -1
+
+    def step(done: int, total: int) -> None:
+        nonlocal said
+        tenth = 10 * done // max(1, total)
+        if tenth > said:
+            said = tenth
+            voice.note(f"{title}: {done}/{total}")
+
+    return step
+
+
+# --- numbers and tables --------------------------------------------------------------------------------------------
+
+
+def short(value: Cell) -> str:
+    """A value as a terminal table shows it: four significant digits, `-` for nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def full(value: Cell) -> str:
+    """A value as TSV holds it: every digit, nothing cut; empty for nothing."""
+    if value is None:
+        return ""
+    text = repr(value) if isinstance(value, float) else str(value)
+    return " ".join(text.split())
+
+
+def show(rows: Sequence[Any], columns: Sequence[Column], stream: TextIO | None = None) -> None:
+    """A table on a terminal, TSV elsewhere."""
+    out = stream or sys.stdout
+    if not out.isatty():
+        print("\t".join(c.title for c in columns), file=out)
+        for row in rows:
+            print("\t".join(full(c.value(row)) for c in columns), file=out)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [c for c in columns if c.on_terminal]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in shown:
+        numeric = all(not isinstance(column.value(r), str) for r in rows)
+        table.add_column(column.title, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(short(c.value(row)) for c in shown))
+    Console(file=out).print(table)
+
+
+def write_document(
+    command: str,
+    results: Sequence[Any],
+    errors: Sequence[dict[str, str]],
+    path: Path | None = None,
+) -> None:
+    """The one JSON object of a command, to a file or to stdout."""
+    from headscale import __version__
+    from headscale.environment import environment
+
+    document = {
+        "schema": f"headscale.{command}/1",
+        "headscale": __version__,
+        "command": command,
+        "env": environment(),
+        "results": [plain(r) for r in results],
+        "errors": list(errors),
+    }
+    if path is None:
+        print(json.dumps(document, indent=1, allow_nan=False))
+    else:
+        from headscale.cells import write_json
+
+        write_json(path, document)
+
+
+# --- inspect -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InspectRow:
+    """One line of `inspect`: a backbone, or the reference it is compared with."""
+
+    name: str
+    shape: str
+    weights: WeightStatistics
+    output: OutputStatistics | None
+    cased: bool | None
+    verdict: str
+    reference: WeightStatistics | None
+
+    @classmethod
+    def of_inspection(cls, found: Inspection, reference: Profile | None) -> InspectRow:
+        """The line of an inspected backbone."""
+        head, vocabulary = found.head, found.vocabulary
+        cased = None if vocabulary is None else vocabulary.cased
+        shape = f"{head.vocab_size}x{head.width}"
+        other = None if reference is None else reference.weights
+        return cls(found.name, shape, found.weights, found.output, cased, found.verdict.word, other)
+
+    @classmethod
+    def of_profile(cls, profile: Profile) -> InspectRow:
+        """The line of a reference."""
+        return cls(profile.name, "", profile.weights, profile.output, None, "reference", profile.weights)
+
+    def ratio(self) -> str | None:
+        """The Frobenius norm over the reference's."""
+        return None if self.reference is None else f"{self.weights.frobenius / self.reference.frobenius:.3g}x"
+
+
+def _weight(name: str) -> Callable[[InspectRow], Cell]:
+    return lambda row: getattr(row.weights, name)
+
+
+def _output(name: str) -> Callable[[InspectRow], Cell]:
+    return lambda row: None if row.output is None else getattr(row.output, name)
+
+
+def _side(side: str, name: str) -> Callable[[InspectRow], Cell]:
+    return lambda row: None if row.output is None else getattr(getattr(row.output, side), name)
+
+
+INSPECT_COLUMNS = (
+    Column("backbone", lambda r: r.name),
+    Column("head [terms x width]", lambda r: r.shape, on_terminal=False),
+    Column("||W|| [L2]", _weight("frobenius")),
+    Column("ratio", lambda r: r.ratio()),
+    Column("row norm [L2]", _weight("row_norm_mean"), on_terminal=False),
+    Column("effective norm [L2]", _weight("effective_norm"), on_terminal=False),
+    Column("spectral norm [L2]", _weight("spectral_norm"), on_terminal=False),
+    Column("bias norm [L2]", _weight("bias_norm"), on_terminal=False),
+    Column("active q [dims]", _side("query", "active_dims")),
+    Column("active d [dims]", _side("document", "active_dims")),
+    Column("empty d [share]", _side("document", "empty"), on_terminal=False),
+    Column("weight [mean]", _side("document", "mean_weight"), on_terminal=False),
+    Column("active weight [mean]", _side("document", "active_mean_weight")),
+    Column("score sd", _output("score_sd")),
+    Column("margin", _output("score_margin"), on_terminal=False),
+    Column("cosine d-d", _side("document", "mean_cosine")),
+    Column("special [share]", _side("document", "special_share"), on_terminal=False),
+    Column("loss [ln N]", _output("loss_over_ln_n")),
+    Column("cased", lambda r: r.cased, on_terminal=False),
+    Column("verdict", lambda r: r.verdict),
+)
+
+
+def inspect_rows(found: Sequence[Inspection], reference: Profile | None) -> list[InspectRow]:
+    """The reference first, then the backbones in the order given; the reference is not repeated."""
+    rows = [] if reference is None else [InspectRow.of_profile(reference)]
+    others = [f for f in found if reference is None or f.name != reference.name]
+    return rows + [InspectRow.of_inspection(f, reference) for f in others]
+
+
+# --- calibrate -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One line of `calibrate`: a target of one backbone."""
+
+    calibration: Calibration
+    target: Target
+
+    @property
+    def chosen(self) -> bool:
+        """Whether this is the target that was used."""
+        return self.target.name == self.calibration.match
+
+    @property
+    def scale(self) -> float | None:
+        """The constant that would be written for this target."""
+        if self.chosen:
+            return self.calibration.scale
+        return self.target.scale if self.target.name == "constant" else self.target.snapped
+
+
+def target_rows(found: Sequence[Calibration]) -> list[TargetRow]:
+    """Every target of every backbone."""
+    return [TargetRow(calibration, target) for calibration in found for target in calibration.targets]
+
+
+def _target(name: str) -> Callable[[TargetRow], Cell]:
+    return lambda row: getattr(row.target, name)
+
+
+CALIBRATE_COLUMNS = (
+    Column("backbone", lambda r: r.calibration.name),
+    Column("reference", lambda r: r.calibration.reference, on_terminal=False),
+    Column("target", _target("name")),
+    Column("statistic", _target("statistic"), on_terminal=False),
+    Column("goal", _target("target")),
+    Column("solution [x]", _target("scale")),
+    Column("scale [x]", lambda r: r.scale),
+    Column("head lr [x]", lambda r: r.calibration.head_lr_multiplier if r.chosen else None),
+    Column("loss [ln N]", _target("loss_over_ln_n")),
+    Column("active weight [mean]", _target("active_mean_weight"), on_terminal=False),
+    Column("score sd", _target("score_sd")),
+    Column("note", _target("note"), on_terminal=False),
+    Column("verdict", lambda r: r.calibration.verdict.word if r.chosen else None),
+)
