@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,9 @@ from torch.nn.functional import linear, pad
 from headscale.errors import UsageError
 from headscale.kernels import tiled
 
-Implementation = Literal["auto", "reference", "tiled"]
+Implementation = Literal["auto", "reference", "tiled", "triton"]
+
+MaxOverTokens = Callable[[tiled.Packing, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 SMALL_LOGITS = 1 << 16  # measured: below this many logits the plain product is at least as fast
 
@@ -47,16 +52,17 @@ def max_logits(
         weight: (vocab, d) head projection.
         bias: (vocab,) head bias, or None.
         attention_mask: (batch, seq), nonzero where a position counts; None: every position counts.
-        implementation: "auto", "reference" or "tiled"; see `choose_implementation`.
+        implementation: "auto", "reference", "tiled" or "triton"; see `choose_implementation`.
 
     Raises:
         UsageError: shapes do not fit each other.
     """
     with torch.no_grad():
         mask = _checked_mask(hidden, weight, bias, attention_mask)
-        if _resolved(implementation, hidden, weight) == "reference":
+        chosen = _resolved(implementation, hidden, weight)
+        if chosen == "reference":
             return _reference_max(hidden, weight, bias, mask)
-        return _tiled_max_logits(hidden, weight, bias, mask)
+        return _packed_max(hidden, weight, bias, mask, chosen)
 
 
 def splade_pool(
@@ -80,7 +86,7 @@ def splade_pool(
         attention_mask: (batch, seq), nonzero where a position counts; None: every position counts. A text
             without any is represented by zeros and gets no gradient.
         scale: positive factor on the logits, the same as multiplying weight and bias by it.
-        implementation: "auto", "reference" or "tiled"; see `choose_implementation`.
+        implementation: "auto", "reference", "tiled" or "triton"; see `choose_implementation`.
 
     Returns:
         (batch, vocab) float32, float64 for float64 inputs.
@@ -91,9 +97,10 @@ def splade_pool(
     if not scale > 0:
         raise UsageError(f"`scale` must be positive, not {scale}", "a factor of 0 or less empties every text")
     mask = _checked_mask(hidden, weight, bias, attention_mask)
-    if _resolved(implementation, hidden, weight) == "reference":
+    chosen = _resolved(implementation, hidden, weight)
+    if chosen == "reference":
         return _reference_pool(hidden, weight, bias, mask, scale)
-    pooled: Tensor = _tiled_pool(hidden, weight, bias, mask, scale)
+    pooled: Tensor = _packed_pool(hidden, weight, bias, mask, scale, chosen)
     return pooled
 
 
@@ -109,15 +116,21 @@ def splade_pool_reference(
     return splade_pool(hidden, weight, bias, attention_mask, scale=scale, implementation="reference")
 
 
-def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference", "tiled"]:
-    """Name the implementation "auto" takes: "reference" for few logits, else "tiled".
+def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference", "tiled", "triton"]:
+    """Name the implementation "auto" takes.
+
+    "reference" for few logits; else "triton" on a GPU, in half or single precision, where Triton is installed;
+    else "tiled".
 
     Args:
         hidden: (batch, seq, d).
         weight: (vocab, d).
     """
     logits = hidden.shape[0] * hidden.shape[1] * weight.shape[0]
-    return "reference" if logits <= SMALL_LOGITS else "tiled"
+    if logits <= SMALL_LOGITS:
+        return "reference"
+    single = tiled.compute_dtype(hidden, weight) != torch.float64
+    return "triton" if hidden.is_cuda and single and find_spec("triton") else "tiled"
 
 
 class SpladeHead(nn.Module):
@@ -127,7 +140,7 @@ class SpladeHead(nn.Module):
         weight: (vocab, d) projection; a parameter is kept as it is, so a tied weight stays tied.
         bias: (vocab,) or None.
         scale: positive factor on the logits.
-        implementation: "auto", "reference" or "tiled".
+        implementation: "auto", "reference", "tiled" or "triton".
     """
 
     def __init__(
@@ -174,10 +187,28 @@ def _checked_mask(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Ten
 def _resolved(implementation: str, hidden: Tensor, weight: Tensor) -> str:
     if implementation == "auto":
         return choose_implementation(hidden, weight)
-    if implementation not in ("reference", "tiled"):
-        known = "one of auto, reference, tiled"
+    if implementation not in get_args(Implementation):
+        known = f"one of {', '.join(get_args(Implementation))}"
         raise UsageError(f"`implementation` is not known: `{implementation}`", known)
+    if implementation == "triton":
+        _check_triton(hidden, weight)
     return implementation
+
+
+def _check_triton(hidden: Tensor, weight: Tensor) -> None:
+    here = hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if not here or not find_spec("triton"):
+        raise UsageError("`triton` needs a CUDA device and the `triton` package", "leave `implementation` out")
+    if tiled.compute_dtype(hidden, weight) == torch.float64:
+        raise UsageError("`triton` does not compute in float64", "use `tiled`")
+
+
+def _kernels(implementation: str) -> tuple[MaxOverTokens, tiled.BagSums]:
+    if implementation != "triton":
+        return tiled.tiled_max, tiled.bag_sums
+    from headscale.kernels import triton_head
+
+    return triton_head.fused_max, triton_head.bag_sums
 
 
 def _reference_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> MaxLogits:
@@ -200,9 +231,12 @@ def _reference_pool(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: T
     return torch.log1p(torch.relu(scale * _reference_max(hidden, weight, bias, mask).values))
 
 
-def _tiled_max_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> MaxLogits:
+def _packed_max(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, implementation: str
+) -> MaxLogits:
     packing = tiled.pack(hidden, mask, tiled.compute_dtype(hidden, weight))
-    values, winners = tiled.tiled_max(packing, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        values, winners = _kernels(implementation)[0](packing, weight, bias)
     empty = (packing.lengths == 0)[:, None]
     if packing.source is not None and len(packing.source):
         places = (packing.source % hidden.shape[1]).to(winners.dtype)
@@ -216,20 +250,26 @@ def _unpacked(by_place: Tensor, packing: tiled.Packing) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _tiled_pool(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    result: Tensor = _PooledHead.apply(hidden, weight, bias, mask, scale)  # type: ignore[no-untyped-call]
+def _packed_pool(*arguments: Any) -> Tensor:
+    result: Tensor = _PooledHead.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 
 class _PooledHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        implementation: str,
     ) -> Tensor:
-        dtype = tiled.compute_dtype(hidden, weight)
-        packing = tiled.pack(hidden, mask, dtype)
+        packing = tiled.pack(hidden, mask, tiled.compute_dtype(hidden, weight))
+        max_over_tokens, ctx.bag_sums = _kernels(implementation)
         with torch.autocast(hidden.device.type, enabled=False):
-            values, winners = tiled.tiled_max(packing, weight, bias)
+            values, winners = max_over_tokens(packing, weight, bias)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(hidden, weight, mask, values, winners)
             ctx.scale = scale
@@ -244,11 +284,17 @@ class _PooledHead(torch.autograd.Function):
         packing = tiled.pack(hidden, mask, values.dtype)
         slope = _slope(values, ctx.scale, grad if packing.order is None else grad[packing.order])
         by_token, grad_weight = tiled.gradients(
-            packing, weight, winners, slope, need_hidden=need_hidden, need_weight=need_weight
+            packing,
+            weight,
+            winners,
+            slope,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            bag_sums=ctx.bag_sums,
         )
         grad_hidden = None if by_token is None else _scattered(by_token, packing.source, hidden)
         grad_bias = slope.sum(0).to(ctx.bias_dtype) if need_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _slope(values: Tensor, scale: float, grad: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def implementation(request: pytest.FixtureRequest) -> str:
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles and many chunks even on a small vocabulary, neither dividing it."""
     monkeypatch.setitem(tiled.TILE_BYTES, "cpu", 64)
-    monkeypatch.setattr(tiled, "CHUNK_TERMS", 70)
+    monkeypatch.setitem(tiled.CHUNK_TERMS, "cpu", 70)
 
 
 @pytest.mark.parametrize("mask", ["none", "padded", "holes"])
