@@ -25,8 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it.",
 )
-_state: dict[str, Any] = {"debug": False, "saved": None}
-_EMPTY: list[str] = []
+_state: dict[str, Any] = {"debug": False, "saved": None, "command": None}
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors; the result is printed as ever.")]
@@ -58,7 +57,8 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the program on arguments; returns the exit code (0, 1, 2, 3 or 130)."""
-    _state.update(debug=False, saved=None)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _state.update(debug=False, saved=None, command=arguments[0] if "--json" in arguments else None)
     try:
         code = app(args=arguments, standalone_mode=False)
     except typer.BadParameter as error:
@@ -83,7 +83,12 @@ def run(arguments: list[str] | None = None) -> int:
 def _fail(error: HeadscaleError) -> int:
     if _state["debug"]:
         raise error
-    Voice().error(error)
+    voice = Voice(errors=[])
+    voice.error(error)
+    if _state["command"]:  # `--json` prints one object whatever happens
+        from headscale.render import write_document
+
+        write_document(_state["command"], [], voice.errors or [])
     return error.exit_code
 
 
@@ -95,10 +100,9 @@ def _unexpected(error: Exception) -> int:
     if _state["debug"]:
         raise error
     kind = type(error).__name__
-    Voice().error(
+    return _fail(
         HeadscaleError(f"something unforeseen went wrong: {kind}: {error}", "run it again with `--debug` and report it")
     )
-    return 3
 
 
 def _interrupted() -> int:

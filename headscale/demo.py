@@ -227,9 +227,10 @@ def conclusion(arms: Sequence[Arm], calibration: Calibration) -> str:
     reference, untouched, calibrated = arms
     ranking = untouched.runs[0].end.ranking
     chance = ranking.chance_mrr_at_10 if ranking else None
+    constant = ratio_text(calibration.scale or 1.0)
     return (
-        f"Untouched, {bundled.FAILING} ended at {_ended(untouched)}; multiplied by {ratio_text(calibration.scale or 1.0)} "
-        f"before training, at {_ended(calibrated)}; the reference, untouched, at {_ended(reference)}. "
+        f"Untouched, {bundled.FAILING} ended at {_ended(untouched)}; multiplied by {constant} before training, "
+        f"at {_ended(calibrated)}; the reference, untouched, at {_ended(reference)}. "
         f"Chance is a loss of 1.00 x ln 32 and MRR@10 {chance or 0.0:.3f}."
     )
 

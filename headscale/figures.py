@@ -76,8 +76,7 @@ def training_curves(
     axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("contrastive loss / ln N")
-    axes.annotate("chance", (0.0, 1.0), (2, 3), textcoords="offset points", color="#555555", fontsize=8)
+    axes.set_ylabel("contrastive loss / ln N (dashed: chance)")
     _label_ends(axes, ends)
     _titles(figure, axes, title, subtitle)
     return figure

@@ -9,11 +9,12 @@ the product's input and whose doubling doubles the logits.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from headscale.errors import UnsupportedHeadError
+from headscale.errors import UnreadableError, UnsupportedHeadError
 from headscale.records import Head
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class LoadedHead:
 
         try:
             with _watcher(self.vocab_size, [], stop=True):
-                self.model(**batch)
+                self.model(**accepted(self.model, batch))
         except _Found as found:
             return found.features
         raise UnsupportedHeadError(f"`{self.head.architecture}` computed no vocabulary-sized product")
@@ -170,6 +171,11 @@ def _find(model: nn.Module) -> Head:
     norms: list[tuple[str, Tensor]] = []
     with _norm_outputs(model, norms):
         product, logits = _observe(model, vocab_size, batch)
+    if not bool(logits.isfinite().all()):
+        raise UnreadableError(
+            f"`{type(model).__name__}` computes logits that are not finite",
+            hint="the checkpoint is damaged or diverged in training: use an earlier one",
+        )
     tensors = _all_tensors(model)
     matrix = _names_of(product, tensors)
     if not matrix:
@@ -197,7 +203,6 @@ def _describe(
     embedding = _input_embedding(model)
     matrix = tuple(_canonical(name, tensors, embedding) for name in matrix)
     aliases = {n for m in matrix for n in _aliases(m, tensors)} - set(matrix)
-    prefix = getattr(model, "base_model_prefix", "")
     return Head(
         model_type=str(config.model_type),
         architecture=type(model).__name__,
@@ -207,7 +212,7 @@ def _describe(
         bias=None if bias is None else _canonical(bias, tensors, None),
         norm=norm,
         norm_kind=None if norm is None else _norm_kind(model.get_submodule(norm)),
-        norm_in_backbone=bool(norm and prefix and norm.startswith(prefix + ".")),
+        norm_in_backbone=norm is not None and norm.partition(".")[0] == (embedding or "").partition(".")[0],
         tied_to=embedding if embedding in aliases or embedding in matrix else None,
         factor=factor,
         softcap=softcap,
@@ -233,7 +238,15 @@ def probe_batch(model: nn.Module) -> dict[str, Tensor]:
     picks = torch.randint(len(allowed), _PROBE_SHAPE, generator=generator)
     device = next(model.parameters()).device
     ids = torch.tensor(allowed, device=device)[picks.to(device)]
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return accepted(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's `forward` takes of a batch: FNet knows no attention mask before transformers 5."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(batch)
+    return {key: batch[key] for key in (p.name for p in parameters) if key in batch}
 
 
 def _observe(model: nn.Module, vocab_size: int, batch: Mapping[str, Tensor]) -> tuple[Product, Tensor]:

@@ -174,9 +174,12 @@ def _cache_folder() -> Path:
 
 
 def _key(name: str, texts: TextSettings | None) -> str:
-    path = Path(name).expanduser()
+    """Changes with the texts, the version, and the files of a directory, which may change under its name."""
+    from headscale import bundled
+
+    path = bundled.path(name) if bundled.is_bundled(name) else Path(name).expanduser()
     identity: list[Any] = [name, None if texts is None else texts.to_dict(), __version__]
-    if path.is_dir():  # a directory may change under its name
+    if path.is_dir():
         stamps = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir() if f.is_file())
         identity += [str(path.resolve()), stamps]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
