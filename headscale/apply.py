@@ -157,6 +157,8 @@ class _Editing:
         layout = layout_for(checkpoint.config)
         self.layout: Layout = layout if layout is not None else _watched_layout(backbone)
         self.keys = dict(backbone.stored.keys) if backbone.stored else self._exact_keys()
+        dormant = {name: key_of(name, checkpoint.tensors, self.layout) for name in self.layout.dormant}
+        self.keys.update({name: key for name, key in dormant.items() if key is not None})
         if change.shift and self.head.bias is None:
             raise UnsupportedHeadError(
                 f"`{self.head.model_type}` has no bias in its head to shift", hint="calibrate it without `--shift`"
@@ -243,20 +245,19 @@ class _Editing:
 
     def _biases(self) -> dict[str, np.ndarray]:
         """Every name of the bias its own, equal tensor when untying; those in the file otherwise."""
-        names = self.layout.biases if self.head.bias is not None else ()
+        names = self.layout.biases if self.head.bias is not None else self.layout.dormant
         held = {name: self.keys[name] for name in names if name in self.keys}
-        if not held and not self.change.shift:
-            return {}
-        wanted = names if self.mode == "untie" and self._tie_flag() else tuple(held) or (self.head.bias,)
-        edits = {}
-        for name in wanted:
-            key = held.get(str(name)) or next(iter(held.values()), None)
-            old = self.checkpoint.tensor(key) if key else np.zeros(self.head.vocab_size, np.float32)
-            kind = old.dtype.type
-            edits[self._own_key(str(name))] = old * kind(self.change.bias_scale) + kind(
-                self.change.scale * self.change.shift
-            )
-        return edits
+        sources: dict[str, str | None] = {self._own_key(n): key for n, key in held.items()}
+        if self.mode == "fold":
+            sources = {own: key for own, key in sources.items() if own in self.checkpoint.tensors}
+        if self.change.shift and self.head.bias and self.head.bias not in held:  # loaded as zeros
+            sources[self._own_key(self.head.bias)] = None
+        return {key: self._shifted(source) for key, source in sources.items()}
+
+    def _shifted(self, key: str | None) -> np.ndarray:
+        old = self.checkpoint.tensor(key) if key else np.zeros(self.head.vocab_size, np.float32)
+        kind = old.dtype.type
+        return np.asarray(old * kind(self.change.bias_scale) + kind(self.change.scale * self.change.shift))
 
     def _times(self, key: str, factor: float) -> LazyTensor:
         def blocks() -> Iterator[np.ndarray]:
@@ -272,6 +273,8 @@ class _Editing:
         first = self.layout.matrix[0]
         if first not in keys and self.layout.embedding in keys:
             keys[first] = str(self.layout.embedding)
+        biases = [n for n in self.layout.biases if n in keys]
+        keys.update({n: keys[biases[0]] for n in self.layout.biases if biases and n not in keys})
         if first not in keys:
             raise UnreadableError(
                 f"`{self.checkpoint.name}` stores `{first}` under a name that is not known",
@@ -334,7 +337,7 @@ def prove_rescaled(backbone: Backbone, directory: Path, change: Change) -> list[
 def _expected(backbone: Backbone, logits: Tensor, change: Change) -> Tensor:
     if change.scale_bias or backbone.loaded.bias is None:
         return change.scale * (logits + change.shift)
-    bias = backbone.loaded.bias * backbone.head.factor
+    bias = backbone.loaded.bias.detach() * backbone.head.factor
     return change.scale * (logits - bias + change.shift) + bias
 
 
@@ -358,7 +361,7 @@ def _prove_with_sparse_encoder(backbone: Backbone, directory: Path, change: Chan
     import torch
 
     from headscale.activations import tokenize
-    from headscale.head import undisturbed
+    from headscale.head import accepted, undisturbed
 
     try:
         with quiet():
@@ -375,7 +378,7 @@ def _prove_with_sparse_encoder(backbone: Backbone, directory: Path, change: Chan
     with torch.no_grad(), undisturbed(backbone.model):
         for text in _TEXTS:
             batch, _ = tokenize(backbone.tokenizer, [text], 128, backbone.loaded.weight.device)
-            logits = _expected(backbone, backbone.model(**batch).logits, change)
+            logits = _expected(backbone, backbone.model(**accepted(backbone.model, batch)).logits, change)
             rows.append(torch.log1p(torch.relu(logits.amax(1)))[0].float().cpu())
     expected = torch.stack(rows)
     version = sentence_transformers.__version__

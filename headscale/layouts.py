@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 
@@ -29,6 +30,7 @@ class Layout:
         one_plus: the norm's gain is 1 + weight.
         renames: (name in the model, name in the file), applied to the beginning of a name.
         entangled: other names that the tie flag binds and that an untied copy must keep: (name, its source).
+        dormant: names of a bias that transformers 5 loads and never adds, and transformers 4 does.
         refusal: why it cannot serve SPLADE, in one sentence, or "".
     """
 
@@ -43,6 +45,7 @@ class Layout:
     one_plus: bool = False
     renames: tuple[tuple[str, str], ...] = ()
     entangled: tuple[tuple[str, str], ...] = ()
+    dormant: tuple[str, ...] = ()
     refusal: str = ""
 
     @property
@@ -224,6 +227,7 @@ LAYOUTS: dict[str, Layout] = {
         norm="reformer.encoder.layer_norm",
         base="reformer",
         ties=False,
+        dormant=("lm_head.bias",),
     ),
     "rembert": replace(
         _bert("rembert"),
@@ -274,11 +278,28 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3": _causal(),
 }
 
+# What transformers 4 binds and transformers 5 does not: the matrix of LUKE, the bias of Reformer.
+_IN_TRANSFORMERS_4: dict[str, dict[str, Any]] = {
+    "luke": {"embedding": "luke.embeddings.word_embeddings.weight"},
+    "reformer": {"biases": ("lm_head.bias", "lm_head.decoder.bias"), "dormant": ()},
+}
+
 _DEBERTA_TYPES = ("deberta", "deberta-v2")
 _LAST_LAYER_KEYS: dict[str, Callable[[dict[str, Any]], int]] = {
     "last": lambda c: int(c.get("n_layers", 12)) - 1,
     "last_decoder": lambda c: int(c.get("num_decoder_layers", 2)) - 1,
 }
+
+
+@cache
+def binds_every_bias() -> bool:
+    """Whether the installed transformers is of the 4 series, where the names of a bias are one tensor, tied or not."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("transformers").startswith("4.")
+    except PackageNotFoundError:
+        return False
 
 
 def layout_for(config: dict[str, Any]) -> Layout | None:
@@ -289,6 +310,8 @@ def layout_for(config: dict[str, Any]) -> Layout | None:
         return None
     if model_type in _DEBERTA_TYPES and config.get("legacy") is False:
         layout = _deberta_enhanced(layout)
+    if binds_every_bias():
+        layout = replace(layout, **_IN_TRANSFORMERS_4.get(model_type, {}))
     if layout.norm and "{" in layout.norm:
         layout = replace(layout, norm=layout.norm.format(**{k: f(config) for k, f in _LAST_LAYER_KEYS.items()}))
     return layout

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscale.errors import NoHeadError, UnreadableError, UnsupportedHeadError
-from headscale.layouts import ENCODER_DECODER, Layout, layout_for
+from headscale.layouts import ENCODER_DECODER, Layout, binds_every_bias, layout_for
 from headscale.records import Head, Record
 
 if TYPE_CHECKING:
@@ -168,13 +168,16 @@ class _Reading:
         return False
 
     def _bias(self, flag: bool) -> str | None:
-        """The live bias: tied names are one tensor under the first name, untied the last name is live."""
+        """The live bias: tied names are one tensor under the first name, untied the last name is live.
+
+        In transformers 4 they are one tensor either way.
+        """
         names = self.layout.biases
         if not names or not _bias_on(self.checkpoint.config, self.layout):
             return None
         found = {name: self.find(name) for name in names}
         held = [key for key in found.values() if key is not None]
-        one_tensor = flag and (len(held) < 2 or self._equal(held[0], held[1]))
+        one_tensor = (flag or binds_every_bias()) and (len(held) < 2 or self._equal(held[0], held[1]))
         if one_tensor:
             if held:
                 self.keys.update(dict.fromkeys(names, held[0]))
@@ -186,7 +189,6 @@ class _Reading:
                 f"`{names[-1]}` is missing from this untied checkpoint (transformers 4 saves it so): transformers 5 "
                 "loads a bias of zeros"
             )
-            self.keys.pop(names[0], None)
         return names[-1]
 
     def _require_trained(self) -> None:

@@ -50,6 +50,7 @@ def test_a_power_of_two_is_bitwise_exact(model_type: str, mode: str, tmp_path: P
     assert all(proof.max_error <= EXACT for proof in written.proofs), written.proofs
     assert written.proofs[0].bitwise or one_plus
     assert written.proofs[0].support_identical
+    assert not (mode == "fold" and written.added)  # the same keys
     expected, _ = logits(source)
     found, again = logits(tmp_path / "target")
     assert (found - 0.125 * expected).abs().max() <= EXACT * expected.abs().max() * 0.125
@@ -94,6 +95,16 @@ def test_deberta_folds_where_the_matrix_is_the_embedding(legacy: bool, tmp_path:
     written = save_rescaled(backbone, tmp_path / "target", Change(0.5))
     assert written.mode == ("untie" if legacy else "fold")
     assert written.proofs[0].bitwise
+
+
+def test_a_bias_that_only_transformers_4_adds_is_scaled_too(tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_checkpoint("reformer", tmp_path / "source"), tokenizer=False)
+    before = load_file(tmp_path / "source" / "model.safetensors")["lm_head.bias"]
+    assert np.abs(before).max() > 0.1
+    for scale_bias, factor in ((True, 0.125), (False, 1.0)):
+        target = tmp_path / str(scale_bias)
+        save_rescaled(backbone, target, Change(0.125, scale_bias=scale_bias))
+        np.testing.assert_array_equal(load_file(target / "model.safetensors")["lm_head.bias"], factor * before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
