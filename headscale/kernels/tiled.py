@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,8 +18,6 @@ ROW_MULTIPLE = 16  # measured: MKL loses a quarter of its speed on token counts 
 CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
 CHUNK_TERMS = {"cpu": 4096, "cuda": 1 << 18}
 DENSE_SHARE = 0.5  # of a chunk: above it, summing zeros too is cheaper than listing the active entries
-HUGE_BYTES = 16 << 20  # buffers from here on ask for huge pages; measured: 6 ms against 40 for 94 MB
-MADV_HUGEPAGE = 14  # Linux, asm-generic/mman-common.h
 
 BagSums = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -215,7 +211,7 @@ def gradients(
     active = slope.any(0).nonzero().squeeze(1)
     every_term = len(active) == len(weight)
     by_token = torch.zeros_like(packing.tokens) if need_hidden else None
-    by_term = _fresh(weight, zero=not every_term) if need_weight else None
+    by_term = (weight.new_empty if every_term else weight.new_zeros)(weight.shape) if need_weight else None
     for chunk in _chunks(active, weight.shape[1] * slope.element_size(), every_term):
         entries = _Entries(winners[:, chunk] + starts, slope[:, chunk], bag_sums)
         if by_token is not None:
@@ -265,19 +261,3 @@ class _Entries:
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _fresh(like: Tensor, *, zero: bool) -> Tensor:
-    """A contiguous tensor like `like`, on huge pages where Linux grants them, zero on request."""
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    size = out.numel() * out.element_size()
-    if size >= HUGE_BYTES and sys.platform == "linux" and out.device.type == "cpu":
-        _advise_huge_pages(out.data_ptr(), size)
-    return out.zero_() if zero else out
-
-
-def _advise_huge_pages(address: int, size: int) -> None:
-    page = 4096
-    first, last = -(-address // page) * page, (address + size) // page * page
-    advise = ctypes.CDLL(None).madvise  # a hint: its failure changes nothing but the time
-    advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(MADV_HUGEPAGE))
