@@ -6,12 +6,13 @@ a term over the text: `observe` keeps m, and everything else here is a pure func
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from headscale.errors import UnreadableError, UsageError
+from headscale.errors import HeadscaleError, UnreadableError, UsageError
 from headscale.records import (
     ROW_NORM_QUANTILES,
     GradientNorms,
@@ -42,7 +43,7 @@ class Side:
     """What one side's texts kept from the forward pass.
 
     Attributes:
-        largest: (texts, vocab) float32, the largest logit of each term over the text.
+        largest: (texts, vocab) float32, the largest logit of each term over the text; -inf for a text without tokens.
         positions: (texts, vocab) integer, where it was.
         special: (texts, length) bool, which positions hold special tokens (padding is never a position).
         lengths: (texts,) positions that are not padding.
@@ -60,7 +61,7 @@ class Observation:
 
     query: Side
     document: Side
-    bias: Tensor | None  # (vocab,), needed only where the bias is kept while the matrix is scaled
+    bias: Tensor | None  # (vocab,) as part of the logits, needed only where it is kept while the matrix is scaled
     logits: LogitStatistics
     batch_size: int
 
@@ -95,19 +96,15 @@ def observe(
         on_batch: called with (batches done, batches in all).
 
     Raises:
-        UsageError: fewer pairs than one batch.
-        UnreadableError: the model puts out NaN.
+        UsageError: fewer pairs than one batch, or a batch without in-batch negatives.
+        HeadscaleError: the texts do not fit the model.
+        UnreadableError: the texts hold no tokens, or the model puts out NaN.
     """
     import torch
 
     from headscale.head import undisturbed
 
-    batches = len(pairs) // encoding.batch_size
-    if batches == 0:
-        raise UsageError(
-            f"{len(pairs)} pairs are fewer than one batch of {encoding.batch_size}",
-            hint=f"give at least {encoding.batch_size} pairs, or a smaller `--batch-size`",
-        )
+    batches = _batches(len(pairs), encoding.batch_size)
     pairs = pairs[: batches * encoding.batch_size]
     sides: dict[str, list[Side]] = {"query": [], "document": []}
     sampled: list[Tensor] = []
@@ -120,11 +117,29 @@ def observe(
                 sampled.append(_sample(features, _SAMPLED_TOKENS // (2 * batches) + 1))
             if on_batch:
                 on_batch(i + 1, batches)
-        logits = _logit_statistics(loaded, torch.cat(sampled))
-    bias = None if loaded.bias is None else loaded.bias.detach().float().cpu()
+        features = torch.cat(sampled)
+        if not len(features):
+            raise UnreadableError("the texts hold no tokens at all", hint="give texts with words in them")
+        logits = _logit_statistics(loaded, features)
+    bias = None if loaded.bias is None else loaded.bias.detach().float().cpu() * loaded.head.factor
     query, document = (_joined(sides[name]) for name in ("query", "document"))
-    _check_finite(loaded, document)
+    _check_finite(loaded, query, document)
     return Observation(query, document, bias, logits, encoding.batch_size)
+
+
+def _batches(pairs: int, batch_size: int) -> int:
+    """How many full batches there are; the loss needs one, and a second text in it."""
+    if batch_size < 2:
+        raise UsageError(
+            f"a batch of {batch_size} has no other document to tell the right one from",
+            hint="take a batch of 2 or more",
+        )
+    if pairs < batch_size:
+        raise UsageError(
+            f"{pairs} pairs are fewer than one batch of {batch_size}",
+            hint=f"give at least {batch_size} pairs, or a smaller batch",
+        )
+    return pairs // batch_size
 
 
 def _sides(part: Sequence[Pair], encoding: Encoding) -> Iterator[tuple[str, list[str], int]]:
@@ -133,24 +148,63 @@ def _sides(part: Sequence[Pair], encoding: Encoding) -> Iterator[tuple[str, list
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int, device: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Token batch for a model, and which positions are special tokens, (batch, seq) bool; padding is not one."""
-    borrowed = tokenizer.pad_token is None
-    if borrowed:  # causal models often have none; the mask hides what it is
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    try:
+    """Token batch for a model, and which positions are special tokens, (batch, seq) bool; padding is not one.
+
+    Padding is on the right, where it belongs for texts that are encoded; the tokenizer stays as it was.
+    """
+    import torch
+
+    with _borrowed(tokenizer):
         batch = tokenizer(
             list(texts),
             truncation=True,
             max_length=length,
             padding=True,
             return_tensors="pt",
+            return_attention_mask=True,
             return_special_tokens_mask=True,
         )
-    finally:
-        if borrowed:
-            tokenizer.pad_token = None
+    if not batch["input_ids"].shape[1]:  # nothing but empty texts, and no special tokens: one masked position
+        batch = {k: torch.zeros(len(texts), 1, dtype=torch.long) for k in batch}
     special = batch.pop("special_tokens_mask").bool() & batch["attention_mask"].bool()
     return {k: v.to(device) for k, v in batch.items()}, special
+
+
+@contextlib.contextmanager
+def _borrowed(tokenizer: Any) -> Iterator[None]:
+    """Right padding with some token inside; padding, truncation and tokens as before on leaving."""
+    side, nameless = tokenizer.padding_side, tokenizer.pad_token is None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    padding, truncation = (backend.padding, backend.truncation) if backend is not None else (None, None)
+    tokenizer.padding_side = "right"
+    if nameless:  # causal models often have none; the mask hides what it is
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+        if nameless:
+            tokenizer.pad_token = None
+        if backend is not None:
+            backend.enable_padding(**padding) if padding else backend.no_padding()
+            backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+
+
+def _features(loaded: LoadedHead, batch: dict[str, Tensor], tokenizer: Any) -> Tensor:
+    """The features of a token batch; what does not fit the model is said in words."""
+    width, limit = batch["input_ids"].shape[1], getattr(tokenizer, "model_max_length", None)
+    if limit and width > limit:
+        raise HeadscaleError(
+            f"texts of {width} tokens are longer than the {limit} that `{loaded.head.architecture}` takes",
+            hint=f"measure with a `--document-length` of at most {limit}",
+        )
+    try:
+        return loaded.features(**batch)
+    except IndexError as error:  # of an embedding: past its positions, or past its rows
+        raise HeadscaleError(
+            f"`{loaded.head.architecture}` cannot take these tokens: {error}",
+            hint="shorten the texts with `--document-length`, or check that the tokenizer belongs to the model",
+        ) from error
 
 
 def _pooled(loaded: LoadedHead, tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Side, Tensor]:
@@ -159,12 +213,17 @@ def _pooled(loaded: LoadedHead, tokenizer: Any, texts: Sequence[str], length: in
     from headscale.pooling import max_logits
 
     batch, special = tokenize(tokenizer, texts, length, loaded.weight.device)
-    features = loaded.features(**batch)
+    features = _features(loaded, batch, tokenizer)
     mask = batch["attention_mask"].bool()
     found = max_logits(features, loaded.weight, loaded.bias, mask)
-    largest = found.values.float() * loaded.head.factor
+    largest = _capped(found.values.float() * loaded.head.factor, loaded.head.softcap)
     lengths = mask.sum(1).cpu()
     return Side(largest.cpu(), found.positions.to(torch.int16).cpu(), special, lengths), features[mask]
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """The logits under a softcap, which is monotone: the largest stays the largest."""
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 def _sample(features: Tensor, count: int) -> Tensor:
@@ -187,8 +246,8 @@ def _joined(parts: Sequence[Side]) -> Side:
     )
 
 
-def _check_finite(loaded: LoadedHead, document: Side) -> None:
-    bad = int(document.largest.isnan().sum())
+def _check_finite(loaded: LoadedHead, *sides: Side) -> None:
+    bad = sum(int(side.largest.isnan().sum()) for side in sides)
     if bad:
         raise UnreadableError(
             f"`{loaded.head.architecture}` puts out {bad} logits that are not numbers",
@@ -197,24 +256,26 @@ def _check_finite(loaded: LoadedHead, document: Side) -> None:
 
 
 def _logit_statistics(loaded: LoadedHead, features: Tensor) -> LogitStatistics:
-    import torch
+    import numpy as np
 
     logits = features.float() @ loaded.weight.float().T
     if loaded.bias is not None:
         logits = logits + loaded.bias.float()
-    logits = logits * loaded.head.factor
-    points = torch.tensor(ROW_NORM_QUANTILES, dtype=torch.float32) / 100
-    ordered = logits.flatten().sort().values
-    quantiles = ordered[(points * (len(ordered) - 1)).round().long().to(ordered.device)]
-    norms = features.float().norm(dim=1)
-    units = features.float() / norms[:, None].clamp_min(1e-12)
+    logits = _capped(logits * loaded.head.factor, loaded.head.softcap)
+    units = features.float().cpu().double()
+    norms = units.norm(dim=1)
+    units = units / norms[:, None].clamp_min(1e-12)
     count = len(units)
-    cosine = (units.sum(0).square().sum() - count) / max(1, count * (count - 1))
+    cosine = (units.sum(0).square().sum() - count) / (count * (count - 1)) if count > 1 else math.nan
+    values = logits.cpu().numpy().reshape(-1)
+    mean, sd, above = values.mean(dtype=np.float64), values.std(dtype=np.float64), (values > 0).mean()
+    places = np.round(np.array(ROW_NORM_QUANTILES) / 100 * (len(values) - 1)).astype(int)
+    values.partition(places)  # in place: a sort would take three times the memory
     return LogitStatistics(
-        mean=float(logits.mean()),
-        sd=float(logits.std()),
-        quantiles=tuple(quantiles.tolist()),
-        above_zero=float((logits > 0).float().mean()),
+        mean=float(mean),
+        sd=float(sd),
+        quantiles=tuple(float(values[i]) for i in places),
+        above_zero=float(above),
         hidden_cosine=float(cosine),
         hidden_norm=float(norms.mean()),
         tokens=count,
@@ -356,15 +417,17 @@ def scale_curve(
     """
     narrowed = only_active(seen, shift) if scale_bias else seen
     vocab = seen.query.largest.shape[1]
-    points = [curve_point(narrowed, vocab, a, scale_bias, shift) for a in scales]
+    return curve_of([curve_point(narrowed, vocab, a, scale_bias, shift) for a in scales], scales)
+
+
+def curve_of(points: Sequence[dict[str, Any]], scales: Sequence[float]) -> ScaleCurve:
+    """The points of `curve_point`, one for each constant, by column."""
     columns = {key: tuple(point[key] for point in points) for key in points[0]}
     return ScaleCurve(scale=tuple(float(a) for a in scales), **columns)
 
 
 def only_active(seen: Observation, shift: float) -> Observation:
     """The same observation without the terms that are active in no text: a positive factor never wakes one."""
-    from dataclasses import replace
-
     awake = (seen.query.largest.amax(0) + shift > 0) | (seen.document.largest.amax(0) + shift > 0)
     if awake.float().mean() > 0.5:  # the copy would cost more than it saves
         return seen
@@ -424,8 +487,10 @@ def gradient_norms(
         reps = []
         for _, texts, length in _sides(part, encoding):
             batch, _ = tokenize(tokenizer, texts, length, weight.device)
-            features = loaded.features(**batch)
-            reps.append(splade_pool(features, weight, bias, batch["attention_mask"].bool(), scale=loaded.head.factor))
+            features, mask = _features(loaded, batch, tokenizer), batch["attention_mask"].bool()
+            rep = splade_pool(features, weight, bias, mask, scale=loaded.head.factor)
+            cap = loaded.head.softcap
+            reps.append(rep if cap is None else _capped(rep.expm1(), cap).log1p())
         loss = info_nce(reps[0] @ reps[1].T)
         encoder: list[Tensor] = [p for p in loaded.model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, own + encoder, allow_unused=True)
@@ -434,7 +499,9 @@ def gradient_norms(
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+    import torch
+
+    return math.hypot(*(float(torch.linalg.vector_norm(g.float())) for g in gradients if g is not None))
 
 
 class trainable:

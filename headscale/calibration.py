@@ -7,24 +7,27 @@ logits that `observe` kept, so none needs another forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from headscale.activations import Observation, curve_point, only_active, output_statistics, scale_curve
+from headscale.activations import output_statistics
+from headscale.constants import nearest_power_of_two, power_of_two_below, ratio_text
 from headscale.diagnosis import LOSS_CEILING
 from headscale.errors import UsageError
-from headscale.inspection import CURVE_SCALES, Measured
+from headscale.inspection import Measured
 from headscale.records import (
     Calibration,
     Head,
     LambdaAdvice,
+    OutputStatistics,
     Profile,
-    ScaleCurve,
     Target,
     Verdict,
     WeightStatistics,
 )
+from headscale.rescaling import resolve_mode
+from headscale.solving import Shift, Solver, shift_to_share
 
 if TYPE_CHECKING:
     from headscale.profiles import Reference
@@ -39,7 +42,6 @@ WIDTH_EXPONENT = -0.25  # what scaling-retriever and v-splade multiply logits by
 MATCH_FACTOR = 2.0
 # Norm matching is trusted while it agrees with the outputs within this factor.
 AGREEMENT_FACTOR = 2.0
-_ROOT_TOLERANCE = 1e-6  # in log2 of the constant
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ class Choice:
             for name, known in options.items()
             if getattr(self, name) not in known
         ]
-        wrong += [f"`--{n} {getattr(self, n)}` is not above zero" for n in ("k", "ceiling") if not getattr(self, n) > 0]
+        numbers = {name: getattr(self, name) for name in ("k", "ceiling", "head_lr_multiplier")}
+        wrong += [
+            f"`--{name.replace('_', '-')} {value}` is not a number above zero"
+            for name, value in numbers.items()
+            if not 0 < value < math.inf
+        ]
         if wrong:
             raise UsageError("; ".join(wrong), hint="see `headscale calibrate --help`")
 
@@ -92,6 +99,10 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
 
     Returns:
         The chosen constant and every target beside it; `scale` is None where the target cannot be reached.
+
+    Raises:
+        UnsupportedHeadError: no constant in the weights multiplies the logits.
+        UsageError: a shift is asked for that the reference cannot give.
     """
     choice = choice or Choice()
     assert measured.seen is not None
@@ -99,16 +110,17 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
     inspection = measured.inspection
     assert inspection.texts is not None
     assert inspection.output is not None
-    shift = _shift(seen, profile) if choice.shift else 0.0
-    solver = _Solver(seen, choice, shift)
+    resolve_mode(inspection.head, "auto")  # refuses what no constant in the weights multiplies
+    shifting: Shift = shift_to_share(seen, profile, scale_bias=choice.scale_bias) if choice.shift else lambda _: 0.0
+    solver = Solver(seen, shifting, scale_bias=choice.scale_bias)
     targets = _targets(solver, inspection.weights, inspection.head.width, profile, choice)
-    match, reason, disagreement = _pick(targets, choice)
+    match, reason, disagreement = _pick(targets, choice, solver.curve.scale[-1])
     chosen = next(t for t in targets if t.name == match)
-    scale = chosen.snapped if choice.snap and match != "constant" else chosen.scale
+    scale = _written(chosen, choice.snap)
+    shift = 0.0 if scale is None else solver.shift(scale)
     after = None
     if scale is not None:
-        after = output_statistics(seen, scale, scale_bias=choice.scale_bias, shift=shift)
-        after = replace(after, common_terms=inspection.output.common_terms)
+        after = output_statistics(seen, scale, scale_bias=choice.scale_bias, shift=shift, token=_token_names(measured))
     return Calibration(
         name=inspection.name,
         revision=inspection.revision,
@@ -127,121 +139,64 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
         texts=inspection.texts,
         before=inspection.output,
         after=after,
-        lambda_advice=_lambda_advice(solver, scale),
+        lambda_advice=_lambda_advice(inspection.output, after),
         verdict=_verdict(chosen, scale, solver, choice),
         advice=() if scale is None else tuple(advice(scale, choice.head_lr_multiplier, inspection.head)),
         warnings=(*inspection.warnings, *_text_warning(inspection.texts, profile)),
     )
 
 
-# --- solving -------------------------------------------------------------------------------------------------------
+def _token_names(measured: Measured) -> Callable[[int], str]:
+    from headscale.vocabulary import tokenizer_vocabulary
 
-
-class _Solver:
-    """The statistics over constants of one observation, solved for a value."""
-
-    def __init__(self, seen: Observation, choice: Choice, shift: float) -> None:
-        self.choice = choice
-        self.shift = shift
-        self.seen = only_active(seen, shift) if choice.scale_bias else seen
-        self.vocab = seen.query.largest.shape[1]
-        self.curve: ScaleCurve = scale_curve(seen, CURVE_SCALES, scale_bias=choice.scale_bias, shift=shift)
-
-    def at(self, scale: float) -> dict[str, Any]:
-        """All statistics of the curve at one constant."""
-        return curve_point(self.seen, self.vocab, scale, self.choice.scale_bias, self.shift)
-
-    def solve(self, statistic: str, value: float, *, largest: bool = False) -> tuple[float | None, str]:
-        """The constant at which a statistic has a value, and what is odd about it.
-
-        Args:
-            statistic: a column of the curve.
-            value: what it should be.
-            largest: take the largest solution, and the end of the range if the statistic stays below the value.
-        """
-        if not math.isfinite(value) or value <= 0:
-            return None, f"the reference's {statistic} is {value:.4g}, which no constant matches"
-        column = getattr(self.curve, statistic)
-        above = [v > value for v in column]
-        crossings = [i for i in range(len(column) - 1) if above[i] != above[i + 1]]
-        if not crossings:
-            return self._without_crossing(statistic, value, largest, all(above))
-        place = crossings[-1]
-        low, high = self.curve.scale[place], self.curve.scale[place + 1]
-        note = "" if len(crossings) == 1 else f"{statistic} crosses it {len(crossings)} times; the largest is taken"
-        return self._root(statistic, value, low, high), note
-
-    def _without_crossing(self, statistic: str, value: float, largest: bool, above: bool) -> tuple[float | None, str]:
-        column = getattr(self.curve, statistic)
-        if largest and not above:
-            return self.curve.scale[-1], f"{statistic} stays below {value:.4g} over the whole range"
-        spread = f"{min(column):.4g} to {max(column):.4g}"
-        flat = max(column) - min(column) <= 1e-9 * max(abs(max(column)), 1e-30)
-        kind = "does not move with the constant" if flat else f"only runs from {spread}"
-        return None, f"{statistic} {kind}, so {value:.4g} is out of range"
-
-    def _root(self, statistic: str, value: float, low: float, high: float) -> float:
-        from scipy.optimize import brentq
-
-        found: float = brentq(
-            lambda exponent: self.at(2.0**exponent)[statistic] - value,
-            math.log2(low),
-            math.log2(high),
-            xtol=_ROOT_TOLERANCE,
-        )
-        return float(2.0**found)
-
-    def lowest_loss(self) -> float:
-        """The constant of the curve with the lowest loss."""
-        losses = self.curve.loss_over_ln_n
-        return self.curve.scale[losses.index(min(losses))]
-
-
-def nearest_power_of_two(scale: float) -> float:
-    """The power of two nearest in ratio."""
-    return float(2.0 ** round(math.log2(scale)))
-
-
-def power_of_two_below(scale: float) -> float:
-    """The largest power of two that does not exceed the constant (to the solver's precision)."""
-    return float(2.0 ** math.floor(math.log2(scale) + 2 * _ROOT_TOLERANCE))
+    if measured.backbone is None or measured.backbone.tokenizer is None:
+        return str
+    tokens = tokenizer_vocabulary(measured.backbone.tokenizer, measured.inspection.head.vocab_size).tokens
+    return tokens.__getitem__
 
 
 # --- the targets ---------------------------------------------------------------------------------------------------
 
 
-def _targets(solver: _Solver, weights: WeightStatistics, width: int, profile: Profile, choice: Choice) -> list[Target]:
-    found = [
-        _norm_target(solver, weights, profile, name, "norm" if name == choice.norm else f"norm:{name}")
-        for name in dict.fromkeys((choice.norm, *NORMS))
-        if getattr(weights, name) is not None and getattr(profile.weights, name) is not None
+def _targets(solver: Solver, weights: WeightStatistics, width: int, profile: Profile, choice: Choice) -> list[Target]:
+    found = [_norm_target(weights, profile, choice.norm, "norm")]
+    found += [
+        _norm_target(weights, profile, name, f"norm:{name}")
+        for name in NORMS
+        if name != choice.norm and getattr(weights, name) is not None and getattr(profile.weights, name) is not None
     ]
     found.append(_output_target(solver, profile, "activation", choice.activation))
     found.append(_output_target(solver, profile, "score", choice.score))
     found.append(_loss_target(solver, choice.ceiling))
-    exact = _complete(solver, Target("constant", "k", choice.k, 1 / choice.k, None, None, None, None, ""))
-    found.append(replace(exact, snapped=nearest_power_of_two(1 / choice.k)))
-    constant = float(width**WIDTH_EXPONENT)
-    note = "depends on the width alone"
-    found.append(_snapped(solver, Target("width", "width", float(width), constant, None, None, None, None, note)))
-    return found
+    found.append(_target("constant", "k", choice.k, 1 / choice.k))
+    found.append(_target("width", "width", float(width), float(width**WIDTH_EXPONENT), "depends on the width alone"))
+    return [_completed(target, solver, choice.snap) for target in found]
 
 
-def _norm_target(solver: _Solver, weights: WeightStatistics, profile: Profile, statistic: str, name: str) -> Target:
-    goal = getattr(profile.weights, statistic)
-    own = getattr(weights, statistic)
-    scale = goal / own if own > 0 and goal > 0 else None
-    note = "" if scale else "a norm of zero cannot be matched"
-    return _snapped(solver, Target(name, statistic, goal, scale, None, None, None, None, note))
+def _target(name: str, statistic: str, goal: float | None, scale: float | None, note: str = "") -> Target:
+    """A target with its nearest power of two, before it is known what the constant leads to."""
+    snapped = None if scale is None else nearest_power_of_two(scale)
+    return Target(name, statistic, goal, scale, snapped, None, None, None, note)
 
 
-def _output_target(solver: _Solver, profile: Profile, name: str, statistic: str) -> Target:
+def _norm_target(weights: WeightStatistics, profile: Profile, statistic: str, name: str) -> Target:
+    goal, own = getattr(profile.weights, statistic), getattr(weights, statistic)
+    if goal is None or own is None:
+        whose = "the reference" if goal is None else "this backbone"
+        return _target(
+            name, statistic, goal, None, f"the {statistic} of {whose} was not measured: `--spectral` adds it"
+        )
+    if not (0 < own < math.inf and 0 < goal < math.inf):
+        return _target(name, statistic, goal, None, "a norm of zero cannot be matched")
+    return _target(name, statistic, goal, goal / own)
+
+
+def _output_target(solver: Solver, profile: Profile, name: str, statistic: str) -> Target:
     goal = _reference_value(profile, statistic)
     if goal is None:
-        note = "only the weights of the reference are known"
-        return Target(name, statistic, None, None, None, None, None, None, note)
+        return _target(name, statistic, None, None, "only the weights of the reference are known")
     scale, note = solver.solve(statistic, goal)
-    return _snapped(solver, Target(name, statistic, goal, scale, None, None, None, None, note))
+    return _target(name, statistic, goal, scale, note)
 
 
 def _reference_value(profile: Profile, statistic: str) -> float | None:
@@ -251,21 +206,16 @@ def _reference_value(profile: Profile, statistic: str) -> float | None:
     return float(getattr(holder, statistic))
 
 
-def _loss_target(solver: _Solver, ceiling: float) -> Target:
+def _loss_target(solver: Solver, ceiling: float) -> Target:
     scale, note = solver.solve("loss_over_ln_n", ceiling, largest=True)
     lowest = f"the loss is lowest at {ratio_text(solver.lowest_loss())}"
-    target = Target("loss", "loss_over_ln_n", ceiling, scale, None, None, None, None, f"{note}; {lowest}".strip("; "))
-    return _complete(solver, replace(target, snapped=None if scale is None else power_of_two_below(scale)))
+    target = _target("loss", "loss_over_ln_n", ceiling, scale, f"{note}; {lowest}".strip("; "))
+    return replace(target, snapped=None if scale is None else power_of_two_below(scale))
 
 
-def _snapped(solver: _Solver, target: Target) -> Target:
-    snapped = None if target.scale is None else nearest_power_of_two(target.scale)
-    return _complete(solver, replace(target, snapped=snapped))
-
-
-def _complete(solver: _Solver, target: Target) -> Target:
-    """Add what the constant that would be written leads to."""
-    scale = target.snapped if solver.choice.snap and target.name != "constant" else target.scale
+def _completed(target: Target, solver: Solver, snap: bool) -> Target:
+    """The target with what the constant that would be written leads to."""
+    scale = _written(target, snap)
     if scale is None:
         return target
     point = solver.at(scale)
@@ -277,16 +227,26 @@ def _complete(solver: _Solver, target: Target) -> Target:
     )
 
 
-def _pick(targets: Sequence[Target], choice: Choice) -> tuple[str, str, str]:
-    """The target to use, why, and how far the targets disagree, in words."""
+def _written(target: Target, snap: bool) -> float | None:
+    """The constant that goes into the weights: a power of two unless it was given or is to be kept."""
+    return target.snapped if snap and target.name != "constant" else target.scale
+
+
+def _pick(targets: Sequence[Target], choice: Choice, limit: float) -> tuple[str, str, str]:
+    """The target to use, why, and how far the targets disagree, in words; `limit` is the largest constant tried."""
     by_name = {t.name: t for t in targets}
     disagreement = _disagreement(by_name)
     if choice.match != "auto":
         return choice.match, "as asked", disagreement
     norm, loss = by_name["norm"].scale, by_name["loss"].scale
+    if norm is None and loss is None:
+        return "norm", "neither norm nor loss can be reached", disagreement
     if norm is None or loss is None:
-        usable = "loss" if loss is not None else "norm"
-        return usable, f"the other of norm and loss cannot be reached, so {usable} decides", disagreement
+        usable, other = ("loss", "norm") if norm is None else ("norm", "loss")
+        return usable, f"{other} cannot be reached, so {usable} decides", disagreement
+    if loss == limit:
+        reason = f"the loss stays below its ceiling up to {ratio_text(limit)} and sets no bound, so the norm decides"
+        return "norm", reason, disagreement
     factor = max(norm / loss, loss / norm)
     if factor <= AGREEMENT_FACTOR:
         return "norm", f"the norm agrees with the outputs within a factor of {factor:.2g}", disagreement
@@ -309,7 +269,7 @@ def _disagreement(by_name: dict[str, Target]) -> str:
     )
 
 
-def _verdict(chosen: Target, scale: float | None, solver: _Solver, choice: Choice) -> Verdict:
+def _verdict(chosen: Target, scale: float | None, solver: Solver, choice: Choice) -> Verdict:
     """`matched` where the written constant keeps the statistic within what a rounded constant can move it."""
     band = (1 / MATCH_FACTOR, MATCH_FACTOR)
     if scale is None:
@@ -322,7 +282,7 @@ def _verdict(chosen: Target, scale: float | None, solver: _Solver, choice: Choic
     return Verdict("matched" if good else "unmatched", chosen.statistic, ratio, 1.0, band, sentence)
 
 
-def _ratio_to_target(chosen: Target, scale: float, solver: _Solver, choice: Choice) -> float:
+def _ratio_to_target(chosen: Target, scale: float, solver: Solver, choice: Choice) -> float:
     if chosen.scale is None or chosen.target is None:
         return math.inf
     if chosen.statistic in NORMS or chosen.name in ("constant", "width"):
@@ -333,37 +293,17 @@ def _ratio_to_target(chosen: Target, scale: float, solver: _Solver, choice: Choi
 # --- what goes with the constant -----------------------------------------------------------------------------------
 
 
-def _lambda_advice(solver: _Solver, scale: float | None) -> LambdaAdvice:
-    if scale is None:
+def _lambda_advice(before: OutputStatistics, after: OutputStatistics | None) -> LambdaAdvice:
+    if after is None:
         return LambdaAdvice(None, None)
-    before, after = solver.at(1.0), solver.at(scale)
-    return LambdaAdvice(*(_over(before[f"flops_reg_{side}"], after[f"flops_reg_{side}"]) for side in _SIDES))
-
-
-_SIDES = ("query", "document")
+    return LambdaAdvice(
+        query=_over(before.query.flops_reg, after.query.flops_reg),
+        document=_over(before.document.flops_reg, after.document.flops_reg),
+    )
 
 
 def _over(a: float, b: float) -> float | None:
-    return a / b if b > 0 else None
-
-
-def _shift(seen: Observation, profile: Profile) -> float:
-    """The shift of all logits at which documents have the reference's share of active dims, before the scale."""
-    if profile.output is None:
-        raise UsageError(
-            "`--shift` needs the reference's outputs, and only its weights are known",
-            hint="give a reference that is on this machine, or a profile of it",
-        )
-    share = profile.output.document.active_dims / _vocabulary_of(profile)
-    ordered = seen.document.largest.flatten().sort(descending=True).values
-    index = min(len(ordered) - 1, round(share * len(ordered)))
-    return -float(ordered[index])
-
-
-def _vocabulary_of(profile: Profile) -> float:
-    assert profile.output is not None
-    document = profile.output.document
-    return document.l1 / document.mean_weight if document.mean_weight > 0 else math.inf
+    return a / b if b > 0 and a > 0 else None
 
 
 def _text_warning(texts: Any, profile: Profile) -> list[str]:
@@ -385,10 +325,3 @@ def advice(scale: float, head_lr_multiplier: float, head: Head) -> list[str]:
         "training arguments",
         f"in a plain loop: an optimizer group of its own for the parameters matching `({names})$`",
     ]
-
-
-def ratio_text(scale: float) -> str:
-    """A constant as people write it: 1/64, or 0.37."""
-    if scale > 0 and math.log2(scale).is_integer() and scale < 1:
-        return f"1/{round(1 / scale)}"
-    return f"{scale:.4g}"

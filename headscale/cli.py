@@ -237,7 +237,7 @@ def calibrate(
     voice = _begin("calibrating", quiet, debug, run_folder)
     from headscale.api import calibrate_in_run, find_reference
     from headscale.calibration import Choice
-    from headscale.render import CALIBRATE_COLUMNS, show, target_rows, write_document
+    from headscale.render import show_targets, write_document
     from headscale.rescaling import MODES
 
     if mode not in MODES or mode == "logits":
@@ -272,7 +272,7 @@ def calibrate(
     if as_json:
         write_document("calibrate", found, voice.errors or [])
     elif found:
-        show(target_rows(found), CALIBRATE_COLUMNS)
+        show_targets(found)
     if output is not None:
         write_document("calibrate", found, voice.errors or [], output)
     for calibration in found:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headscale import bundled
+from headscale.constants import ratio_text
 from headscale.records import Calibration, Record, TrainingRun
-from headscale.render import CALIBRATE_COLUMNS, INSPECT_COLUMNS, Column, Voice, show
+from headscale.render import INSPECT_COLUMNS, Column, Voice, show, show_targets
 
 if TYPE_CHECKING:
     from headscale.backbone import Backbone
@@ -67,7 +68,7 @@ class Arm(Record):
 
 ARM_COLUMNS = (
     Column("arm", lambda a: a.name),
-    Column("scale [x]", lambda a: a.scale),
+    Column("scale [x]", lambda a: a.scale, as_text=ratio_text),
     Column("head lr [x]", lambda a: a.head_lr_multiplier),
     Column("loss at step 0 [ln N]", lambda a: _mean([run.steps[0].loss_over_ln_n for run in a.runs])),
     Column("loss at the end [ln N]", lambda a: a.loss),
@@ -140,7 +141,7 @@ def _inspect_and_calibrate(loading: object, voice: Voice, *, silent: bool) -> tu
     from headscale.calibration import choose
     from headscale.inspection import built_in_texts, measure
     from headscale.profiles import Reference, profile_of
-    from headscale.render import inspect_rows, target_rows
+    from headscale.render import inspect_rows
 
     assert isinstance(loading, Loading)
     texts = built_in_texts(pairs=64, query_length=QUERY_LENGTH, document_length=DOCUMENT_LENGTH, tell=loading.tell)
@@ -154,8 +155,8 @@ def _inspect_and_calibrate(loading: object, voice: Voice, *, silent: bool) -> tu
     if not silent:
         print("Inspection, untouched")
         show(inspect_rows([m.inspection for m in found.values()], profile), INSPECT_COLUMNS)
-        print(f"\nCalibration of {FAILING}")
-        show(target_rows([calibration]), CALIBRATE_COLUMNS)
+        print("\nCalibration")
+        show_targets([calibration])
         for line in (calibration.disagreement, *calibration.advice):
             print(line)
     backbones = {name: m.backbone for name, m in found.items() if m.backbone is not None}
@@ -222,8 +223,6 @@ def _train(
 
 def conclusion(arms: Sequence[Arm], calibration: Calibration) -> str:
     """What happened, in one sentence with its numbers."""
-    from headscale.calibration import ratio_text
-
     reference, untouched, calibrated = arms
     ranking = untouched.runs[0].end.ranking
     chance = ranking.chance_mrr_at_10 if ranking else None

@@ -45,14 +45,16 @@ def judge(output: OutputStatistics | None, curve: ScaleCurve | None, *, is_refer
 
 
 def _degenerate(output: OutputStatistics, curve: ScaleCurve | None) -> Verdict | None:
-    document = output.document
+    sides = {"queries": output.query, "documents": output.document}
     if output.non_finite:
         sentence = f"{output.non_finite} of the pooled weights are not finite"
         return Verdict("degenerate", "non_finite", float(output.non_finite), 0.0, (None, 0.0), sentence)
-    if document.empty > EMPTY_CEILING:
-        sentence = f"{document.empty:.0%} of the documents have no active term, which no positive factor changes"
-        return Verdict("degenerate", "empty", document.empty, EMPTY_CEILING, (None, EMPTY_CEILING), sentence)
-    cosines = [c for c in (curve.cosine if curve else (document.mean_cosine,)) if c is not None]
+    worst = max(sides, key=lambda name: sides[name].empty)
+    empty = sides[worst].empty
+    if empty > EMPTY_CEILING:
+        sentence = f"{empty:.0%} of the {worst} have no active term, which no positive factor changes"
+        return Verdict("degenerate", "empty", empty, EMPTY_CEILING, (None, EMPTY_CEILING), sentence)
+    cosines = [c for c in (curve.cosine if curve else (output.document.mean_cosine,)) if c is not None]
     if cosines and min(cosines) >= COSINE_CEILING:
         sentence = (
             f"unrelated documents have cosine {min(cosines):.4f} at the best of all constants: the output does not "

@@ -141,12 +141,13 @@ def _accumulate(blocks: Blocks, spectral: bool) -> tuple[np.ndarray, np.ndarray,
     column_squares: Any = 0.0
     gram: np.ndarray | None = None
     for _, block in blocks:
-        squares = np.square(block)
-        row_squares.append(squares.sum(axis=1).astype(np.float64))  # pairwise: float32 is exact to about 1e-7
-        column_squares = column_squares + squares.sum(axis=0, dtype=np.float64)
+        wide = block.astype(np.float64)  # squares of float32 overflow at 2e19, and lose small values
         if spectral:
-            product = (block.T @ block).astype(np.float64)
+            product = wide.T @ wide
             gram = product if gram is None else gram + product
+        np.square(wide, out=wide)
+        row_squares.append(wide.sum(axis=1))
+        column_squares = column_squares + wide.sum(axis=0)
     if not row_squares:
         raise UnreadableError("the head's matrix has no rows", hint="download the checkpoint again")
     return np.concatenate(row_squares), column_squares, gram

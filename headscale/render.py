@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
 from headscale.records import Calibration, Inspection, OutputStatistics, Profile, Target, WeightStatistics, plain
 
@@ -19,11 +20,17 @@ Cell = float | int | str | bool | None
 
 @dataclass(frozen=True)
 class Column:
-    """One column: a title with its unit, a value, and whether a terminal has room for it."""
+    """One column: a title with its unit, a value, and whether (and how) a terminal shows it."""
 
     title: str
     value: Callable[[Any], Cell]
     on_terminal: bool = True
+    as_text: Callable[[float], str] | None = None  # for a terminal, instead of four digits
+
+    def shown(self, row: Any) -> str:
+        """The value as a terminal table shows it."""
+        value = self.value(row)
+        return self.as_text(value) if self.as_text and isinstance(value, int | float) else short(value)
 
 
 @dataclass
@@ -124,14 +131,16 @@ def show(rows: Sequence[Any], columns: Sequence[Column], stream: TextIO | None =
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    shown = [c for c in columns if c.on_terminal]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in shown:
-        numeric = all(not isinstance(column.value(r), str) for r in rows)
-        table.add_column(column.title, justify="right" if numeric else "left", overflow="fold")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    kept = [c for c in columns if c.on_terminal]
+    for column in kept:
+        numeric = all(not isinstance(column.value(r), str) or column.as_text for r in rows)
+        title = Text(column.title.replace(" [", "\n["))  # as text: Rich would read a unit as markup
+        table.add_column(title, justify="right" if numeric else "left", no_wrap=not numeric, overflow="fold")
     for row in rows:
-        table.add_row(*(short(c.value(row)) for c in shown))
+        table.add_row(*(Text(c.shown(row)) for c in kept))
     Console(file=out).print(table)
 
 
@@ -270,14 +279,24 @@ def _target(name: str) -> Callable[[TargetRow], Cell]:
     return lambda row: getattr(row.target, name)
 
 
+def show_targets(found: Sequence[Calibration]) -> None:
+    """The targets of every backbone: on a terminal a table each, elsewhere one TSV."""
+    if not sys.stdout.isatty():
+        show(target_rows(found), CALIBRATE_COLUMNS)
+        return
+    for calibration in found:
+        print(f"{calibration.name}, against {calibration.reference}")
+        show(target_rows([calibration]), CALIBRATE_COLUMNS)
+
+
 CALIBRATE_COLUMNS = (
-    Column("backbone", lambda r: r.calibration.name),
+    Column("backbone", lambda r: r.calibration.name, on_terminal=False),
     Column("reference", lambda r: r.calibration.reference, on_terminal=False),
     Column("target", _target("name")),
     Column("statistic", _target("statistic"), on_terminal=False),
     Column("goal", _target("target")),
     Column("solution [x]", _target("scale")),
-    Column("scale [x]", lambda r: r.scale),
+    Column("scale [x]", lambda r: r.scale, as_text=ratio_text),
     Column("head lr [x]", lambda r: r.calibration.head_lr_multiplier if r.chosen else None),
     Column("loss [ln N]", _target("loss_over_ln_n")),
     Column("active weight [mean]", _target("active_mean_weight"), on_terminal=False),

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from headscale.errors import UnreadableError
 from headscale.records import VocabularyStatistics
 
 if TYPE_CHECKING:
     from headscale.checkpoint import Checkpoint
 
 _UNUSED = re.compile(r"^[\[<](unused|extra_id_|madeupword)[_-]?\d+[\]>]$|^madeupword\d+$")
-_WORD_START = ("\u2581", " ")  # SentencePiece's mark; a byte-level token decodes to a leading space
+_WORD_START = "\u2581 "  # SentencePiece's mark; a byte-level token decodes to a leading space
 _CONTINUATION = "##"
+_BYTE_SPACE = "\u0120"  # what byte-level BPE writes for a space
+# Special by convention where a bare `vocab.txt` says nothing (the defaults of BERT's tokenizer).
+_BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,39 @@ def read_vocabulary(checkpoint: Checkpoint, rows: int) -> Vocabulary | None:
     Args:
         checkpoint: an open checkpoint.
         rows: rows of the head; ids past the tokenizer's last count as unused.
+
+    Raises:
+        UnreadableError: a tokenizer file is damaged.
     """
-    table, special = _from_files(checkpoint)
-    special |= _special_in_config(checkpoint.config)
+    try:
+        found = _read(checkpoint)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnreadableError(
+            f"the tokenizer files of `{checkpoint.name}` are not understood: {error}", hint="download them again"
+        ) from error
+    return None if found is None else _assemble(*found, rows)
+
+
+def _read(checkpoint: Checkpoint) -> tuple[dict[str, int], set[int]] | None:
+    settings = checkpoint.read_json("tokenizer_config.json") or {}
+    content = checkpoint.read_json("tokenizer.json")
+    table = _table(checkpoint, content)
     if not table:
         return None
-    return _assemble(table, special, rows)
+    added = _added_tokens(checkpoint, content or {}, settings)
+    for token, index, _ in added:
+        table.setdefault(token, index)
+    special = {index for _, index, is_special in added if is_special}
+    named = _named(settings) | _named(checkpoint.read_json("special_tokens_map.json") or {})
+    special |= {table[token] for token in named if token in table}
+    return table, special or _special_by_convention(checkpoint, table)
 
 
 def tokenizer_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     """The vocabulary of a loaded tokenizer."""
-    return _assemble(dict(tokenizer.get_vocab()), set(tokenizer.all_special_ids), rows)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {index for index, token in added.items() if token.special}
+    return _assemble(dict(tokenizer.get_vocab()), marked | set(tokenizer.all_special_ids), rows)
 
 
 def _assemble(table: dict[str, int], special: set[int], rows: int) -> Vocabulary:
@@ -56,38 +83,43 @@ def _assemble(table: dict[str, int], special: set[int], rows: int) -> Vocabulary
     return Vocabulary(tuple(tokens), inside, frozenset(unused) - inside)
 
 
-def _from_files(checkpoint: Checkpoint) -> tuple[dict[str, int], set[int]]:
-    special: set[int] = set()
-    settings = checkpoint.read_json("tokenizer_config.json") or {}
-    for index, entry in (settings.get("added_tokens_decoder") or {}).items():
-        if entry.get("special"):
-            special.add(int(index))
-    if checkpoint.has_file("tokenizer.json"):
-        return _from_tokenizer_json(checkpoint.read_json("tokenizer.json") or {}, special)
+def _table(checkpoint: Checkpoint, content: dict[str, Any] | None) -> dict[str, int]:
+    """Ids by token, without what was added later; `content` is that of `tokenizer.json`."""
+    if content is not None:
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, list):  # a unigram model lists (piece, score)
+            return {piece: i for i, (piece, *_) in enumerate(vocabulary)}
+        return dict(vocabulary)
     if checkpoint.has_file("vocab.txt"):
         lines = checkpoint.file("vocab.txt").read_text(encoding="utf-8").split("\n")
-        table = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
-    else:
-        table = checkpoint.read_json("vocab.json") or {}
-    named = [v if isinstance(v, str) else "" for k, v in settings.items() if k.endswith("_token")]
-    return table, special | {table[token] for token in named if token in table}
+        return {line: i for i, line in enumerate(lines) if line}
+    return dict(checkpoint.read_json("vocab.json") or {})
 
 
-def _from_tokenizer_json(content: dict[str, Any], special: set[int]) -> tuple[dict[str, int], set[int]]:
-    vocabulary = content.get("model", {}).get("vocab") or {}
-    if isinstance(vocabulary, list):  # a unigram model lists (piece, score)
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    table = dict(vocabulary)
-    for entry in content.get("added_tokens") or []:
-        table[entry["content"]] = entry["id"]
-        if entry.get("special"):
-            special.add(entry["id"])
-    return table, special
+def _added_tokens(
+    checkpoint: Checkpoint, content: dict[str, Any], settings: dict[str, Any]
+) -> list[tuple[str, int, bool]]:
+    """(token, id, special) of what was added to the vocabulary, from wherever this generation of files keeps it."""
+    entries = [(entry["id"], entry) for entry in content.get("added_tokens") or []]
+    entries += (settings.get("added_tokens_decoder") or {}).items()
+    found = [(e["content"], int(index), bool(e.get("special"))) for index, e in entries]
+    return found + [(t, int(i), False) for t, i in (checkpoint.read_json("added_tokens.json") or {}).items()]
 
 
-def _special_in_config(config: dict[str, Any]) -> set[int]:
-    keys = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
-    return {config[k] for k in keys if isinstance(config.get(k), int) and config[k] >= 0}
+def _named(settings: dict[str, Any]) -> set[str]:
+    """The tokens that a tokenizer's settings give a role (`cls_token` and the like)."""
+    found = set()
+    for key, value in settings.items():
+        entries = value if key == "additional_special_tokens" else [value] if key.endswith("_token") else []
+        found |= {entry.get("content") if isinstance(entry, dict) else entry for entry in entries or []}
+    return {token for token in found if isinstance(token, str)}
+
+
+def _special_by_convention(checkpoint: Checkpoint, table: dict[str, int]) -> set[int]:
+    """What is special where no tokenizer file says it: BERT's five, and the ids that the configuration names."""
+    roles = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+    ids = {checkpoint.config.get(role) for role in roles} | {table.get(token) for token in _BERT_SPECIAL}
+    return {i for i in ids if isinstance(i, int) and i >= 0}
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
@@ -100,24 +132,23 @@ def vocabulary_statistics(vocabulary: Vocabulary) -> VocabularyStatistics:
     mark, or punctuation around it is taken away. Shares are over the ordinary terms (special and unused apart).
     """
     left_out = vocabulary.special_ids | vocabulary.unused_ids
-    terms = [_surface(t) for i, t in enumerate(vocabulary.tokens) if i not in left_out]
-    everything = _compose(_fold_case, _drop_mark, _drop_punctuation)
-    upper = _share(t for t in terms if t != t.lower()) if terms else 0.0
+    ordinary = [t for i, t in enumerate(vocabulary.tokens) if i not in left_out]
+    byte_level = _is_byte_level(ordinary)
+    terms = [_surface(t) for t in ordinary] if byte_level else ordinary
+    drop_mark = _drop_space if byte_level else _drop_mark
+    punctuation = _punctuation_dropper(drop_mark)
+    upper = sum(1 for t in terms if t != t.lower())
     return VocabularyStatistics(
         size=len(vocabulary.tokens),
         special=len(vocabulary.special_ids),
         unused=len(vocabulary.unused_ids),
-        cased=any(t != t.lower() for t in terms),
+        cased=upper > 0,
         uppercase_share=upper / max(1, len(terms)),
         case_variant_share=_collisions(terms, _fold_case),
-        space_variant_share=_collisions(terms, _drop_mark),
-        punctuation_variant_share=_collisions(terms, _drop_punctuation),
-        variant_share=_collisions(terms, everything),
+        space_variant_share=_collisions(terms, drop_mark),
+        punctuation_variant_share=_collisions(terms, punctuation),
+        variant_share=_collisions(terms, lambda t: punctuation(drop_mark(_fold_case(t)))),
     )
-
-
-def _share(found: Any) -> float:
-    return float(sum(1 for _ in found))
 
 
 def _collisions(terms: Sequence[str], normalise: Callable[[str], str]) -> float:
@@ -127,31 +158,42 @@ def _collisions(terms: Sequence[str], normalise: Callable[[str], str]) -> float:
     return sum(1 for form in forms if form and counts[form] > 1) / max(1, len(forms))
 
 
-def _compose(*steps: Callable[[str], str]) -> Callable[[str], str]:
-    def all_steps(term: str) -> str:
-        for step in steps:
-            term = step(term)
-        return term
-
-    return all_steps
-
-
 def _fold_case(term: str) -> str:
     return term.casefold()
 
 
+def _drop_space(term: str) -> str:
+    return term.lstrip(_WORD_START) or term
+
+
 def _drop_mark(term: str) -> str:
-    term = term.removeprefix(_CONTINUATION) if len(term) > len(_CONTINUATION) else term
-    return term.lstrip("".join(_WORD_START)) if term.strip("".join(_WORD_START)) else term
+    return _drop_space(term.removeprefix(_CONTINUATION) or term)
 
 
-def _drop_punctuation(term: str) -> str:
-    mark = term[: len(term) - len(_drop_mark(term))]
-    bare = re.sub(r"^[^\w]+|[^\w]+$", "", term[len(mark) :])
-    return mark + bare if bare else term
+def _punctuation_dropper(drop_mark: Callable[[str], str]) -> Callable[[str], str]:
+    """Takes the punctuation around a term away and leaves its mark where it is."""
+
+    def drop(term: str) -> str:
+        bare = drop_mark(term)
+        kept = [i for i, character in enumerate(bare) if not _is_punctuation(character)]
+        return term.removesuffix(bare) + bare[kept[0] : kept[-1] + 1] if kept else term
+
+    return drop
 
 
-@lru_cache(maxsize=1)
+@cache
+def _is_punctuation(character: str) -> bool:
+    """Punctuation, symbols and separators; the vowel signs of Indic scripts are neither these nor letters."""
+    return unicodedata.category(character)[0] in "PSZC"
+
+
+def _is_byte_level(terms: Sequence[str]) -> bool:
+    """Whether spaces are written as byte-level BPE writes them, more often than as any other mark."""
+    spaces = sum(t.startswith(_BYTE_SPACE) for t in terms)
+    return spaces > sum(t.startswith((_CONTINUATION, "\u2581")) for t in terms)
+
+
+@cache
 def _byte_alphabet() -> dict[str, int]:
     """The printable stand-ins that byte-level BPE uses for the 256 bytes (the GPT-2 convention)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
