@@ -67,11 +67,12 @@ def training_curves(
     for name, seeds in runs:
         length = min(len(run.steps) for run in seeds)
         values = np.array([[step.loss_over_ln_n for step in run.steps[:length]] for run in seeds])  # (seeds, steps)
-        steps, middle = np.arange(length), np.nanmedian(values, axis=0)
+        steps, middle = np.arange(length), np.ma.median(np.ma.masked_invalid(values), axis=0).filled(np.nan)
         colour = REFERENCE_COLOUR if name == reference else next(colours)
         axes.plot(steps, middle, color=colour, linewidth=1.6)
         if len(seeds) > 1:
-            axes.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=colour, alpha=0.2, linewidth=0)
+            low, high = np.ma.masked_invalid(values).min(0), np.ma.masked_invalid(values).max(0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         ends.append((float(middle[-1]), name, colour, length))
     axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
@@ -95,7 +96,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
             name, (length - 1, value), (length * 1.02, 10**place), color=colour, fontsize=9, va="center",
             annotation_clip=False,
         )  # fmt: skip
-    axes.set_xlim(0, max(e[3] for e in ends) - 1)
+    axes.set_xlim(0, max(1, max(e[3] for e in ends) - 1))
 
 
 def curves_of_constants(found: Sequence[Inspection | Calibration], *, title: str = "") -> Figure:
