@@ -45,12 +45,18 @@ class Backbone:
 
 def local_copy(checkpoint: Checkpoint, *, on_progress: Progress | None = None, **hub_options: Any) -> Path:
     """The folder of a checkpoint's model on this machine, fetched whole from the hub where it must be."""
-    if checkpoint.directory is not None:
+    if checkpoint.directory is not None and (checkpoint.origin != "cache" or _has_tokenizer(checkpoint)):
         return checkpoint.directory
     from headscale.hub import snapshot
 
     root = snapshot(checkpoint.name, revision=checkpoint.revision, on_progress=on_progress, **hub_options)
     return root / checkpoint.subfolder
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a cached snapshot, which may hold the weights alone, can be used as it is."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+    return any(checkpoint.has_file(name) for name in names)
 
 
 def load_backbone(
@@ -161,9 +167,14 @@ def _tokenizer(checkpoint: Checkpoint, directory: Path, trust_remote_code: bool)
     for folder in folders:
         try:
             with quiet():
-                return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+                found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:
             problem = error
+            continue
+        if set(found.get_vocab().values()) - set(found.all_special_ids):
+            return found
+        # transformers 5 makes an empty one of the right class, to which every word is unknown
+        problem = problem or ValueError("it holds no terms")
     raise UnreadableError(
         f"no tokenizer can be loaded from `{checkpoint.name}`: {first_line(problem)}",
         hint="put the tokenizer files beside the weights, or use `--weights-only`",

@@ -67,7 +67,7 @@ def training_curves(
     for name, seeds in runs:
         length = min(len(run.steps) for run in seeds)
         values = np.array([[step.loss_over_ln_n for step in run.steps[:length]] for run in seeds])  # (seeds, steps)
-        steps, middle = np.arange(length), np.ma.median(np.ma.masked_invalid(values), axis=0).filled(np.nan)
+        steps, middle = np.arange(length), np.ma.median(np.ma.masked_invalid(values), axis=0).filled(np.nan)  # type: ignore[no-untyped-call]
         colour = REFERENCE_COLOUR if name == reference else next(colours)
         axes.plot(steps, middle, color=colour, linewidth=1.6)
         if len(seeds) > 1:
