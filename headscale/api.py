@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscale import __version__, cells
-from headscale.inspection import Batches, Measured, Texts, built_in_texts, inspect_weights, measure, texts_of
+from headscale.activations import DEFAULT_ENCODING, Encoding
+from headscale.inspection import (
+    Batches,
+    Measured,
+    Texts,
+    built_in_texts,
+    inspect_weights,
+    measure,
+    measure_weights,
+    texts_of,
+)
 from headscale.profiles import DEFAULT_REFERENCE, Reference, from_dict, profile_of, resolve_reference
 from headscale.records import Calibration, Inspection, Profile, Written
 
@@ -41,7 +51,7 @@ class Loading:
     tell: Tell | None = None
     on_batch: Batches | None = None
 
-    def open(self, name: str) -> Backbone:
+    def open(self, name: str | Path) -> Backbone:
         """Load a backbone."""
         from headscale.backbone import load_backbone
 
@@ -64,6 +74,7 @@ def inspect(
     tokenizer: Any = None,
     *,
     pairs: Sequence[Pair] | None = None,
+    encoding: Encoding = DEFAULT_ENCODING,
     weights_only: bool = False,
     loading: Loading | None = None,
 ) -> Inspection:
@@ -73,6 +84,7 @@ def inspect(
         backbone: a hub id, a directory, `bundled:NAME`, or a loaded model (then with its tokenizer).
         tokenizer: of a loaded model.
         pairs: query-document pairs; the built-in docstrings by default.
+        encoding: lengths in tokens, and documents per batch.
         weights_only: read the head's tensors only; no text, and the verdict stays `unjudged`.
         loading: how the backbone is opened.
 
@@ -90,16 +102,20 @@ def inspect(
     loading = loading or Loading()
     if weights_only and isinstance(backbone, str | Path):
         return inspect_weights(backbone, revision=loading.revision, spectral=loading.spectral, tell=loading.tell)
-    return _measured(backbone, tokenizer, _texts(pairs, loading), loading).inspection
+    opened = _opened(backbone, tokenizer, loading)
+    if weights_only:
+        return measure_weights(opened, spectral=loading.spectral)
+    return _measured(opened, _texts(pairs, encoding, loading), loading).inspection
 
 
 def calibrate(
     backbone: Any,
     tokenizer: Any = None,
     *,
-    reference: str | Profile = DEFAULT_REFERENCE,
+    reference: str | Path | Profile = DEFAULT_REFERENCE,
     choice: Choice | None = None,
     pairs: Sequence[Pair] | None = None,
+    encoding: Encoding = DEFAULT_ENCODING,
     save: str | Path | None = None,
     mode: str = "auto",
     overwrite: bool = False,
@@ -113,6 +129,7 @@ def calibrate(
         reference: a hub id, a directory, `bundled:NAME`, a profile file or a profile.
         choice: which target, and how (`headscale.calibration.Choice`).
         pairs: query-document pairs; the built-in docstrings by default.
+        encoding: lengths in tokens, and documents per batch.
         save: write the drop-in checkpoint there.
         mode: `untie`, `fold` or `auto`.
         overwrite: replace a checkpoint that is at `save`.
@@ -133,12 +150,14 @@ def calibrate(
     from headscale.calibration import choose
 
     loading = loading or Loading()
-    texts = _texts(pairs, loading)
-    measured = _measured(backbone, tokenizer, texts, loading)
+    if choice is not None and choice.norm == "spectral_norm":
+        loading = replace(loading, spectral=True)
+    texts = _texts(pairs, encoding, loading)
+    measured = _measured(_opened(backbone, tokenizer, loading), texts, loading)
     if isinstance(reference, Profile):
         found = Reference(reference, "given")
     else:
-        found = find_reference(reference, texts, loading)
+        found = find_reference(str(reference), texts, loading)
     calibration = choose(measured, found, choice)
     if save is None or calibration.scale is None:
         return calibration
@@ -180,7 +199,7 @@ def calibrate_in_run(
     """`calibrate` for one backbone by name, kept in the run folder; the checkpoint is written when asked for."""
     from headscale.calibration import choose
 
-    measured = _measured(name, None, texts, loading)
+    measured = _measured(loading.open(name), texts, loading)
     calibration = choose(measured, reference, choice)
     if save is not None and calibration.scale is not None:
         assert measured.backbone is not None
@@ -206,9 +225,16 @@ def measure_by_name(name: str, texts: Texts, loading: Loading, *, is_reference: 
     ).inspection
 
 
-def profile(name: str, *, pairs: Sequence[Pair] | None = None, loading: Loading | None = None) -> Profile:
-    """The statistics of a reference, small enough to keep and to give as `reference`."""
-    return profile_of(inspect(name, pairs=pairs, loading=loading))
+def profile(
+    name: str | Path,
+    *,
+    pairs: Sequence[Pair] | None = None,
+    encoding: Encoding = DEFAULT_ENCODING,
+    loading: Loading | None = None,
+) -> Profile:
+    """The statistics of a reference, small enough to keep and to give as `reference`; arguments as for `inspect`."""
+    loading = replace(loading or Loading(), spectral=True)  # any norm may be asked of a reference
+    return profile_of(inspect(name, pairs=pairs, encoding=encoding, loading=loading))
 
 
 def find_reference(name: str, texts: Texts | None, loading: Loading) -> Reference:
@@ -216,7 +242,7 @@ def find_reference(name: str, texts: Texts | None, loading: Loading) -> Referenc
 
     def by_name(one: str, weights_only: bool) -> Inspection:
         if weights_only or texts is None:
-            return inspect_weights(one, spectral=loading.spectral, tell=loading.tell)
+            return inspect_weights(one, spectral=True, tell=loading.tell)
         return measure_by_name(one, texts, replace(loading, revision=None, spectral=True), is_reference=True)
 
     settings = None if texts is None else texts.settings
@@ -236,16 +262,24 @@ def inspect_in_run(
         "headscale": __version__,
     }
     folder = cells.cell_folder(run, "inspect", name, cells.cell_key(configuration))
-    kept = None if force else cells.finished(folder, configuration)
+    kept = None if force else _kept(cells.finished(folder, configuration))
     if kept is not None:
         loading.say(f"`{name}`: reusing `{folder}` (`--force` measures again)")
-        return from_dict(Inspection, kept)
+        return kept
     if texts is None:
         inspection = inspect_weights(name, revision=loading.revision, spectral=loading.spectral, tell=loading.tell)
     else:
         inspection = measure_by_name(name, texts, loading, is_reference=is_reference)
     cells.write_cell(folder, "inspect", configuration, inspection.to_dict())
     return inspection
+
+
+def _kept(result: dict[str, Any] | None) -> Inspection | None:
+    """A finished inspection as a record; None where there is none, or one that is not whole."""
+    try:
+        return from_dict(Inspection, result)
+    except ValueError:
+        return None
 
 
 def identity(name: str, revision: str | None = None) -> Any:
@@ -270,16 +304,25 @@ def inspected_names(run: Path) -> list[str]:
     return list(dict.fromkeys(c["name"] for c in found if c["texts"] is not None and not c["reference"]))
 
 
-def _texts(pairs: Sequence[Pair] | None, loading: Loading) -> Texts:
-    return built_in_texts(tell=loading.tell) if pairs is None else texts_of(pairs, "given")
+def _texts(pairs: Sequence[Pair] | None, encoding: Encoding, loading: Loading) -> Texts:
+    if pairs is not None:
+        return texts_of(pairs, "given", encoding)
+    return built_in_texts(
+        query_length=encoding.query_length,
+        document_length=encoding.document_length,
+        batch_size=encoding.batch_size,
+        tell=loading.tell,
+    )
 
 
-def _measured(backbone: Any, tokenizer: Any, texts: Texts, loading: Loading) -> Measured:
+def _opened(backbone: Any, tokenizer: Any, loading: Loading) -> Backbone:
     from headscale.backbone import handed_over
 
-    by_name = isinstance(backbone, str | Path)
-    opened = loading.open(str(backbone)) if by_name else handed_over(backbone, tokenizer)
-    return measure(opened, texts, spectral=loading.spectral, on_batch=loading.on_batch)
+    return loading.open(backbone) if isinstance(backbone, str | Path) else handed_over(backbone, tokenizer)
+
+
+def _measured(backbone: Backbone, texts: Texts, loading: Loading) -> Measured:
+    return measure(backbone, texts, spectral=loading.spectral, on_batch=loading.on_batch)
 
 
 def _metadata(calibration: Calibration, change: Change) -> dict[str, Any]:

@@ -11,22 +11,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from headscale.errors import NotFoundError, UnreadableError
+from headscale.errors import HeadscaleError, NotFoundError, UnreadableError
 
 DEFAULT_RUN = "headscale-runs"
 CELL = "cell.json"
 STEPS = "steps.jsonl"
 SCHEMA = "headscale.cell/1"
+_FIELDS = {"kind": str, "configuration": dict, "key": str, "result": dict, "status": str}
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"  # before anything is touched: it may fail
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise HeadscaleError(
+            f"`{path}` cannot be written: {error.strerror or error}",
+            hint="check the path, its permissions and the disk",
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -86,25 +97,38 @@ def read_cell(path: Path) -> dict[str, Any]:
         raise UnreadableError(f"`{file}` is not JSON: {error}", hint="run the command that made it again") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UnreadableError(f"`{file}` is not a result of schema `{SCHEMA}`", hint="give a `cell.json` of headscale")
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise UnreadableError(
+            f"`{file}` lacks or misstates `{'`, `'.join(wrong)}`", hint="run the command that made it again"
+        )
     return content
 
 
 def finished(folder: Path, configuration: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a cell that was computed from the same configuration, or None."""
-    if not (folder / CELL).is_file():
+    """The result of a cell that was computed from the same configuration; None where none can be read."""
+    try:
+        cell = read_cell(folder)
+    except (NotFoundError, UnreadableError):
         return None
-    cell = read_cell(folder)
     same = cell["key"] == cell_key(configuration) and cell["status"] == "done"
     return cell["result"] if same else None
 
 
 def find_cells(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """Every finished cell at or below a path, by name; what is no cell is passed over."""
-    if path.is_file() or (path / CELL).is_file():
-        files = [path if path.is_file() else path / CELL]
-    else:
-        files = sorted(path.rglob(CELL))
-    for file in files:
+    """Every cell at or below a path, in the order of its folders.
+
+    Args:
+        path: a `cell.json`, its folder, or a parent of such.
+        kind: of the cells wanted; all by default.
+
+    Raises:
+        NotFoundError: the path does not exist.
+        UnreadableError: a `cell.json` is not a cell.
+    """
+    if not path.exists():
+        raise NotFoundError(f"no result at `{path}`", hint=f"give a folder that holds `{CELL}`, or a parent of such")
+    for file in [path] if path.is_file() else sorted(path.rglob(CELL)):
         cell = read_cell(file)
         if kind is None or cell["kind"] == kind:
             yield cell

@@ -43,8 +43,8 @@ class _Found(Exception):
         self.features = features
 
 
-def _watcher(vocab_size: int, seen: list[Product], *, stop: bool = False) -> Any:
-    """A torch function mode that lists every product with `vocab_size` columns, or stops before the first."""
+def _watcher(vocab_size: int, seen: list[Product], *, stop: Callable[[Tensor], bool] | None = None) -> Any:
+    """A torch function mode that lists every product with `vocab_size` columns, or stops before that of an operand."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -63,7 +63,7 @@ def _watcher(vocab_size: int, seen: list[Product], *, stop: bool = False) -> Any
             operand: Any = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
             straight = func is linear and operand.shape[0] == vocab_size
             turned = func in matmuls and operand.dim() == 2 and operand.shape[-1] == vocab_size
-            if (straight or turned) and stop:
+            if (straight or turned) and stop is not None and stop(operand):
                 raise _Found(args[0])
             out = func(*args, **kwargs)
             if straight or turned:
@@ -132,13 +132,18 @@ class LoadedHead:
         Returns:
             The input of the product, (batch, seq, width), with its autograd graph.
         """
-
         try:
-            with _watcher(self.vocab_size, [], stop=True):
+            with _watcher(self.vocab_size, [], stop=self._is_matrix):
                 self.model(**accepted(self.model, batch))
         except _Found as found:
             return found.features
         raise UnsupportedHeadError(f"`{self.head.architecture}` computed no vocabulary-sized product")
+
+    def _is_matrix(self, operand: Tensor) -> bool:
+        """Whether an operand is the head's matrix, and not that of a layer which happens to be as wide."""
+        if operand.numel() != self.vocab_size * self.width:
+            return False
+        return len(self.head.matrix) > 1 or _same_storage(operand, self._tensors[self.head.matrix[0]])
 
 
 def load_head(model: nn.Module) -> LoadedHead:

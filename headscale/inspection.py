@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from headscale.activations import (
     scale_curve,
 )
 from headscale.diagnosis import causes, judge
+from headscale.errors import UsageError
 from headscale.norms import loaded_weight_statistics, stored_weight_statistics
 from headscale.records import Inspection, TextSettings
 from headscale.stored import read_head
@@ -146,6 +147,36 @@ def inspect_weights(
         )
 
 
+def measure_weights(backbone: Backbone, *, spectral: bool = False) -> Inspection:
+    """Norms and vocabulary of a loaded backbone, without running a text.
+
+    Args:
+        backbone: from `load_backbone` or `handed_over`; the vocabulary is left out without a tokenizer.
+        spectral: add singular values.
+    """
+    loaded, tokenizer = backbone.loaded, backbone.tokenizer
+    vocabulary = None if tokenizer is None else tokenizer_vocabulary(tokenizer, loaded.vocab_size)
+    return Inspection(
+        name=backbone.name,
+        revision=backbone.revision,
+        head=loaded.head,
+        weights=loaded_weight_statistics(
+            loaded,
+            special_ids=vocabulary.special_ids if vocabulary else (),
+            unused_ids=vocabulary.unused_ids if vocabulary else (),
+            spectral=spectral,
+        ),
+        vocabulary=vocabulary_statistics(vocabulary) if vocabulary else None,
+        texts=None,
+        logits=None,
+        output=None,
+        curve=None,
+        gradients=None,
+        verdict=judge(None, None),
+        warnings=tuple(backbone.warnings),
+    )
+
+
 def measure(
     backbone: Backbone,
     texts: Texts,
@@ -162,28 +193,26 @@ def measure(
         spectral: add singular values.
         is_reference: whether the verdict of a healthy one is `reference`.
         on_batch: called with (batches done, batches in all).
+
+    Raises:
+        HeadscaleError: the backbone has no tokenizer, or the texts cannot be run.
     """
     loaded = backbone.loaded
+    if backbone.tokenizer is None:
+        raise UsageError(f"`{backbone.name}` has no tokenizer to run texts with", hint="pass the model's tokenizer too")
+    weights = measure_weights(backbone, spectral=spectral)  # first: they are at once there, and refuse what is broken
     vocabulary = tokenizer_vocabulary(backbone.tokenizer, loaded.vocab_size)
     seen = observe(loaded, backbone.tokenizer, texts.pairs, texts.encoding, on_batch=on_batch)
     output = output_statistics(seen, token=lambda i: vocabulary.tokens[i])
     curve = scale_curve(seen, CURVE_SCALES)
     verdict = judge(output, curve, is_reference=is_reference)
-    statistics = vocabulary_statistics(vocabulary)
-    inspection = Inspection(
-        name=backbone.name,
-        revision=backbone.revision,
-        head=loaded.head,
-        weights=loaded_weight_statistics(
-            loaded, special_ids=vocabulary.special_ids, unused_ids=vocabulary.unused_ids, spectral=spectral
-        ),
-        vocabulary=statistics,
+    inspection = replace(
+        weights,
         texts=texts.settings,
         logits=seen.logits,
         output=output,
         curve=curve,
         gradients=gradient_norms(loaded, backbone.tokenizer, texts.pairs, texts.encoding),
         verdict=verdict,
-        warnings=tuple(backbone.warnings),
     )
-    return Measured(inspection, backbone, seen, texts, causes(verdict, output, statistics))
+    return Measured(inspection, backbone, seen, texts, causes(verdict, output, weights.vocabulary))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -57,22 +59,29 @@ def read_profile(path: str | Path) -> Profile:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UnreadableError(f"`{file}` is not a profile of schema `{SCHEMA}`", hint=hint)
     try:
-        return from_dict(Profile, content["profile"])
-    except (KeyError, TypeError, ValueError) as error:
+        return from_dict(Profile, content.get("profile"))
+    except ValueError as error:
         raise UnreadableError(f"`{file}` lacks or misstates a field: {error}", hint=hint) from error
 
 
-def from_dict(kind: type[R], values: dict[str, Any]) -> R:
-    """A record from what its `to_dict()` gave; unknown keys and missing fields are errors."""
+def from_dict(kind: type[R], values: Any) -> R:
+    """A record from what its `to_dict()` gave.
+
+    Raises:
+        ValueError: an unknown key, a missing field, or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {type(values).__name__}, not an object")
     hints = get_type_hints(kind)
-    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    unknown = set(values) - names
-    if unknown:
-        raise KeyError(", ".join(sorted(unknown)))
-    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
+    known = fields(kind)  # type: ignore[arg-type]
+    needed = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
+    wrong = sorted(needed - set(values)) + sorted(set(values) - {f.name for f in known})
+    if wrong:
+        raise ValueError(f"{kind.__name__} lacks or does not know {', '.join(wrong)}")
+    return kind(**{name: _value(hints[name], value, name) for name, value in values.items()})
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _value(hint: Any, value: Any, name: str) -> Any:
     if get_origin(hint) is UnionType:
         if value is None:
             return None
@@ -80,13 +89,30 @@ def _value(hint: Any, value: Any) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
     if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        if len(inner) == 2 and inner[1] is Ellipsis:
-            return tuple(_value(inner[0], v) for v in value)
-        return tuple(_value(h, v) for h, v in zip(inner, value, strict=True))
-    if hint is float and value is None:
-        return float("nan")  # a non-finite number was written as null
+        return _tuple(get_args(hint), value, name)
+    if hint is float:
+        return _number(value, name)
+    expected = get_origin(hint) or hint
+    mistaken = isinstance(value, bool) and expected is not bool  # True is an int to Python
+    if isinstance(expected, type) and (mistaken or not isinstance(value, expected)):
+        raise ValueError(f"{name} is {value!r}, not of type {expected.__name__}")
     return value
+
+
+def _tuple(inner: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} is {value!r}, not a list")
+    if len(inner) == 2 and inner[1] is Ellipsis:
+        return tuple(_value(inner[0], v, name) for v in value)
+    return tuple(_value(h, v, name) for h, v in zip(inner, value, strict=True))
+
+
+def _number(value: Any, name: str) -> float:
+    if value is None:
+        return math.nan  # a non-finite number was written as null
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -119,40 +145,44 @@ def resolve_reference(
     """
     if name.endswith(".json") and not Path(name).is_dir():
         return Reference(read_profile(name), f"profile `{name}`")
-    folder = cache or _cache_folder()
-    key = folder / f"{_key(name, texts)}.json"
-    if key.is_file():
+    weights_only = texts is None or not _is_here(name)
+    key = (cache or _cache_folder()) / f"{_key(name, texts)}.json"
+    found = _kept(key)
+    if found is None or (found.profile.output is None and not weights_only):
         try:
-            return Reference(read_profile(key), "cached profile")
-        except UnreadableError:
-            key.unlink(missing_ok=True)  # of another version: measured again
-    return _measured(name, key, texts, measure, tell)
+            found = _measured(name, key, weights_only, measure)
+        except NotFoundError as error:
+            if name != DEFAULT_REFERENCE:
+                raise
+            if tell:
+                tell(f"`{name}` is out of reach ({error.message}): the bundled BERT is the reference instead")
+            return _spare(texts, measure=measure, cache=cache)
+    if texts is not None and found.profile.output is None and tell:
+        tell(f"only the head of `{name}` was read: targets that need its outputs are left out")
+    return found
 
 
-def _measured(
-    name: str,
-    key: Path,
-    texts: TextSettings | None,
-    measure: Callable[[str, bool], Inspection],
-    tell: Callable[[str], None] | None,
-) -> Reference:
+def _kept(key: Path) -> Reference | None:
+    """The cached profile; None where there is none, or one of another version."""
+    try:
+        return Reference(read_profile(key), "cached profile")
+    except (NotFoundError, UnreadableError):
+        return None
+
+
+def _measured(name: str, key: Path, weights_only: bool, measure: Callable[[str, bool], Inspection]) -> Reference:
+    profile = profile_of(measure(name, weights_only))
+    with contextlib.suppress(HeadscaleError):  # a cache that cannot be written only costs time
+        write_profile(profile, key)
+    return Reference(profile, "its weights alone" if weights_only else "measured")
+
+
+def _spare(texts: TextSettings | None, *, measure: Callable[[str, bool], Inspection], cache: Path | None) -> Reference:
+    """The bundled BERT in place of the default reference."""
     from headscale import bundled
 
-    weights_only = texts is None or not _is_here(name)
-    try:
-        inspection = measure(name, weights_only)
-    except HeadscaleError as error:
-        if name != DEFAULT_REFERENCE or not isinstance(error, NotFoundError):
-            raise
-        spare = f"{bundled.PREFIX}{bundled.REFERENCE}"
-        if tell:
-            tell(f"`{name}` is out of reach ({error.message}): the bundled BERT is the reference instead")
-        return Reference(profile_of(measure(spare, texts is None), origin="bundled"), f"bundled, as {name} is not here")
-    profile = profile_of(inspection)
-    write_profile(profile, key)
-    if weights_only and texts is not None and tell:
-        tell(f"only the head of `{name}` was fetched: targets that need its outputs are left out")
-    return Reference(profile, "measured" if not weights_only else "its weights, by byte range")
+    found = resolve_reference(f"{bundled.PREFIX}{bundled.REFERENCE}", texts, measure=measure, cache=cache)
+    return Reference(replace(found.profile, origin="bundled"), f"bundled, as {DEFAULT_REFERENCE} is not here")
 
 
 def _is_here(name: str) -> bool:
@@ -180,6 +210,7 @@ def _key(name: str, texts: TextSettings | None) -> str:
     path = bundled.path(name) if bundled.is_bundled(name) else Path(name).expanduser()
     identity: list[Any] = [name, None if texts is None else texts.to_dict(), __version__]
     if path.is_dir():
-        stamps = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir() if f.is_file())
+        below = [*path.glob("*"), *path.glob("*/*")]  # a sentence-transformers folder keeps the model one level down
+        stamps = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in below if f.is_file())
         identity += [str(path.resolve()), stamps]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
