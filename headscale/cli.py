@@ -12,7 +12,7 @@ import typer
 
 from headscale import __version__
 from headscale.errors import HeadscaleError, UsageError
-from headscale.render import Voice
+from headscale.render import Voice, judged
 
 if TYPE_CHECKING:
     from headscale.api import Loading
@@ -419,17 +419,15 @@ def _reference(find: Callable[[], Profile], voice: Voice) -> Profile | None:
 def _explain(inspection: Any, voice: Voice) -> None:
     from headscale.diagnosis import causes
 
-    verdict = inspection.verdict
-    voice.note(f"{inspection.name}: {verdict.word}: {verdict.evidence}")
-    for cause in causes(verdict, inspection.output, inspection.vocabulary):
+    voice.note(f"{inspection.name}: {judged(inspection.verdict)}")
+    for cause in causes(inspection.verdict, inspection.output, inspection.vocabulary):
         voice.note(f"  {cause}")
     for warning in inspection.warnings:
         voice.warn(f"{inspection.name}: {warning}")
 
 
 def _advise(calibration: Any, voice: Voice) -> None:
-    verdict = calibration.verdict
-    voice.note(f"{calibration.name}: {verdict.word} by {calibration.match}: {verdict.evidence}")
+    voice.note(f"{calibration.name}: {judged(calibration.verdict)}")
     voice.note(f"  {calibration.match}: {calibration.match_reason}")
     lines = [calibration.disagreement, *calibration.advice]
     advice = calibration.lambda_advice

@@ -13,7 +13,16 @@ from typing import Any, TextIO
 
 from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
-from headscale.records import Calibration, Inspection, OutputStatistics, Profile, Target, WeightStatistics, plain
+from headscale.records import (
+    Calibration,
+    Inspection,
+    OutputStatistics,
+    Profile,
+    Target,
+    Verdict,
+    WeightStatistics,
+    plain,
+)
 
 Cell = float | int | str | bool | None
 
@@ -235,9 +244,21 @@ INSPECT_COLUMNS = (
     Column("cosine d-d", _side("document", "mean_cosine")),
     Column("special [share]", _side("document", "special_share"), on_terminal=False),
     Column("loss [ln N]", _output("loss_over_ln_n")),
+    Column("fp16 headroom [x]", _output("fp16_headroom"), on_terminal=False),
+    Column("bf16 spacing [score sd]", _output("bf16_resolution"), on_terminal=False),
     Column("cased", lambda r: r.cased, on_terminal=False),
     Column("verdict", lambda r: r.verdict),
 )
+
+
+def judged(verdict: Verdict) -> str:
+    """A verdict in one line: the word, its evidence, and value, threshold and band."""
+    low, high = verdict.band
+    band = f"{'' if low is None else f'{low:g} to '}{'any' if high is None else f'{high:g}'}"
+    if low is None and high is not None:
+        band = f"at most {high:g}"
+    numbers = f"{verdict.statistic} {short(verdict.value)}, threshold {short(verdict.threshold)}, ok {band}"
+    return f"{verdict.word}: {verdict.evidence} ({numbers})"
 
 
 def inspect_rows(found: Sequence[Inspection], reference: Profile | None) -> list[InspectRow]:
