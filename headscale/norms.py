@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headscale.stored import StoredHead
 
 Blocks = Iterable[tuple[int, np.ndarray]]
-_BLOCK_BYTES = 4 << 20  # measured: larger blocks are no faster, and memory stays flat
+_BLOCK_BYTES = 1 << 20  # of float32; measured: 4 MB are no faster, and take 34 MB in float64 instead of 7
 
 
 def stored_weight_statistics(
@@ -143,8 +143,8 @@ def _accumulate(blocks: Blocks, spectral: bool) -> tuple[np.ndarray, np.ndarray,
     for _, block in blocks:
         wide = block.astype(np.float64)  # squares of float32 overflow at 2e19, and lose small values
         if spectral:
-            product = wide.T @ wide
-            gram = product if gram is None else gram + product
+            gram = np.zeros((wide.shape[1],) * 2) if gram is None else gram
+            gram += wide.T @ wide
         np.square(wide, out=wide)
         row_squares.append(wide.sum(axis=1))
         column_squares = column_squares + wide.sum(axis=0)

@@ -226,11 +226,14 @@ def test_a_nan_on_disk_is_refused(tmp_path: Path) -> None:
 
 HEAD_ROWS, WIDTH, OTHER_MB = 30_000, 512, 240
 _MEASURE = """
-import json, resource, sys
+import json, sys
 from headscale.inspection import inspect_weights
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status(key):  # not getrusage: its peak is inherited from the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+inspect_weights(sys.argv[2])  # imports and buffers that any checkpoint needs
+before = status("VmRSS:")
 found = inspect_weights(sys.argv[1])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = status("VmHWM:")
 heavy = [m for m in ("torch", "transformers", "pandas", "scipy", "matplotlib") if m in sys.modules]
 print(json.dumps({"growth": (peak - before) * 1024, "read": found.bytes_read, "heavy": heavy,
                   "frobenius": found.weights.frobenius}))
@@ -270,16 +273,24 @@ def large_checkpoint(directory: Path) -> tuple[int, float]:
     return head_bytes + 8 + len(header), float(np.linalg.norm(rows.astype(np.float64)) * math.sqrt(HEAD_ROWS // 100))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_a_large_file_costs_its_head_in_bytes_and_a_few_blocks_in_memory(tmp_path: Path) -> None:
-    allowed, norm = large_checkpoint(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_size > 300e6
+    small, large = tmp_path / "small", tmp_path / "large"
+    tiny_model("bert").save_pretrained(small)
+    large.mkdir()
+    allowed, norm = large_checkpoint(large)
+    assert (large / "model.safetensors").stat().st_size > 300e6
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", _MEASURE, str(large), str(small)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     found = json.loads(done.stdout)
     assert found["heavy"] == []
     assert found["read"] <= allowed
     assert found["frobenius"] == pytest.approx(norm, rel=1e-6)
-    # A 4 MB block in float32, the same in float64, and what they are copied through: a third of the head's 61 MB.
-    assert found["growth"] < 24e6, found
+    # Measured: 6.5 MB, a 1 MB block with its copy in float64 and what they are read through. The head has 61 MB.
+    assert 0 < found["growth"] < 13e6
