@@ -19,7 +19,6 @@ from headscale.render import INSPECT_COLUMNS, Column, Voice, show, show_targets
 if TYPE_CHECKING:
     from headscale.backbone import Backbone
     from headscale.recipes import TrainingConfig
-    from headscale.texts import Pair
 
 PACKAGES = ("stdlib", "numpy", "pandas", "scipy")  # scanned in seconds; torch alone takes half a minute
 STEPS = 100  # collapse and rescue both show within it at this learning rate (measured, FACTS of the study in reports/)
@@ -167,10 +166,11 @@ def train_arms(
     calibration: Calibration, backbones: dict[str, Backbone], output: Path, voice: Voice, seeds: Sequence[int]
 ) -> list[Arm]:
     """Train reference, untouched and calibrated arm over the same pairs and seeds; finished runs are reused."""
-    from headscale.texts import builtin_pairs
+    from headscale.trial import Bench, TextSource, configuration_of, run_cell, shown_steps
 
-    train_pairs = builtin_pairs("train", packages=PACKAGES)
-    test_pairs = builtin_pairs("test", packages=PACKAGES)[:CANDIDATES]
+    source = TextSource(packages=PACKAGES, candidates=CANDIDATES, rank_dev=False)
+    bench = Bench(voice.note, dict(backbones))
+    corpus = bench.corpus(source)
     arms = []
     for name, backbone, scale in _plans(calibration):
         multiplier = 1.0 if scale is None else calibration.head_lr_multiplier
@@ -179,8 +179,12 @@ def train_arms(
             config = demo_config(seed)
             if scale is not None:
                 config = config.replace(mode="untie", scale=scale, head_lr_multiplier=multiplier)
+            configuration = configuration_of(backbone, config, source, corpus)
             with voice.progress(f"training {name}, seed {seed}") as bar:
-                runs.append(_train(backbones[backbone], config, train_pairs, test_pairs, output, bar))
+                cell = run_cell(
+                    configuration, output, bench=bench, on_step=lambda r, _, bar=bar: bar(r.step + 1, STEPS)
+                )
+            runs.append(cell.run)
         arms.append(Arm(name, backbone, scale or 1.0, multiplier, tuple(runs)))
     return arms
 
@@ -192,33 +196,6 @@ def _plans(calibration: Calibration) -> tuple[tuple[str, str, float | None], ...
         (f"{bundled.FAILING}, untouched", FAILING, None),
         (f"{bundled.FAILING}, calibrated", FAILING, calibration.scale),
     )
-
-
-def _train(
-    backbone: Backbone, config: TrainingConfig, pairs: Sequence[Pair], test: Sequence[Pair], output: Path, bar: object
-) -> TrainingRun:
-    from headscale import cells
-    from headscale.steplog import StepLog
-    from headscale.texts import corpus_fingerprint
-    from headscale.training import train
-
-    configuration = {
-        "backbone": backbone.name,
-        "training": config.to_dict(),
-        "texts": [corpus_fingerprint(pairs), corpus_fingerprint(test)],
-    }
-    folder = cells.cell_folder(output, "trial", backbone.name, cells.cell_key(configuration))
-    with StepLog(folder / cells.STEPS) as log:
-
-        def on_step(record: object) -> None:
-            log(record)  # type: ignore[arg-type]
-            bar(record.step + 1, config.steps)  # type: ignore[operator, attr-defined]
-
-        run = train(backbone.model, backbone.tokenizer, pairs, config, evaluation=test, on_step=on_step)
-    if run.status == "interrupted":
-        raise KeyboardInterrupt
-    cells.write_cell(folder, "trial", configuration, run.to_dict())
-    return run
 
 
 def conclusion(arms: Sequence[Arm], calibration: Calibration) -> str:

@@ -455,3 +455,164 @@ class Profile(Record):
     output: OutputStatistics | None
     texts: TextSettings | None
     version: str  # of headscale
+
+
+# --- trials -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrialVerdict(Record):
+    """What the steps so far say of the full run; from them alone, never from later ones."""
+
+    word: str  # stable, degraded, diverged, collapsed, dense or inconclusive
+    rule: str  # the name of the rule that decided
+    statistic: str  # what it looked at, a mean over the last steps
+    value: float | None
+    threshold: float | None
+    step: int  # steps done when this word was reached and from which it held
+    lr_share: float  # of the full run's summed learning rate, seen by then
+    certain: bool  # nothing that follows would change it
+    undecided: tuple[str, ...]  # words that later steps may still bring
+    evidence: str  # one sentence
+
+
+@dataclass(frozen=True)
+class TrainedCell(Record):
+    """One training of a trial, a sweep or the demo, as its cell keeps it."""
+
+    backbone: str
+    revision: str | None
+    run: TrainingRun  # on disk its steps are in the log beside the cell, not in it
+    verdict: TrialVerdict
+    dev: RankMetrics | None  # for choosing; the run's own ranking, on test pairs, is for scoring
+
+
+@dataclass(frozen=True)
+class TrialResult(Record):
+    """One arm of a trial over its seeds."""
+
+    backbone: str
+    arm: str  # calibrated, given or untouched
+    scale: float
+    mode: str
+    head_lr_multiplier: float
+    cells: tuple[TrainedCell, ...]
+    verdict: TrialVerdict  # of its worst seed
+
+
+@dataclass(frozen=True)
+class SweepRow(Record):
+    """One cell of a sweep as a tidy row; None where the cell has no such number."""
+
+    backbone: str
+    revision: str | None
+    scale: float
+    mode: str
+    head_lr_multiplier: float
+    lr: float
+    temperature: float
+    lambda_query: float
+    lambda_document: float
+    warmup_ratio: float
+    seed: int
+    status: str  # done, failed, interrupted or missing
+    key: str
+    steps: int | None = None
+    lr_sum: float | None = None
+    loss_start: float | None = None  # over ln N, first step
+    loss_end: float | None = None  # over ln N, as the following: means over the last tenth
+    batch_accuracy: float | None = None
+    active_dims_query: float | None = None
+    active_dims_document: float | None = None
+    cosine_document: float | None = None
+    grad_norm: float | None = None
+    head_norm_start: float | None = None
+    head_norm_end: float | None = None
+    non_finite_steps: int | None = None
+    mrr_dev: float | None = None  # MRR@10
+    mrr_test: float | None = None
+    chance_mrr: float | None = None
+    flops_cost: float | None = None  # of the ranked test pairs
+    vocab_size: int | None = None
+    verdict: str | None = None
+    verdict_step: int | None = None
+    verdict_lr_share: float | None = None
+    message: str = ""
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CollectionSummary(Record):
+    """What was searched, and what it was judged by."""
+
+    name: str
+    split: str
+    fingerprint: str
+    documents: int
+    queries: int  # those with a relevant document
+    judgements: int  # relevant pairs, those of absent documents included
+    absent: int  # relevant pairs whose document the collection does not have: never found
+    left_out: int  # queries without a relevant document
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """A mean over queries with its spread; interval and sd are None for an expectation and below two queries."""
+
+    value: float
+    low: float | None  # 95 % percentile interval, queries resampled with replacement
+    high: float | None
+    query_sd: float | None  # between queries, n - 1 in the denominator
+
+
+@dataclass(frozen=True)
+class Sparsity(Record):
+    """The sparse vectors of all queries, or of all documents."""
+
+    texts: int
+    active_dims: float  # mean number of terms other than zero per text
+    active_dims_p5: float
+    active_dims_p50: float
+    active_dims_p95: float
+    empty: float  # share of texts without any active term
+    max_weight: float | None  # None where the vectors have no weights of their own
+    flops_reg: float | None  # sum over terms of (mean activation)^2
+    non_finite: int  # texts with a weight that is not finite
+
+
+@dataclass(frozen=True)
+class SystemResult(Record):
+    """How well one system ranks a collection, ties broken against it, and how sparse it is.
+
+    A metric is None where the collection has fewer documents than its cut-off.
+    """
+
+    system: str  # the model's name, "BM25" or "chance"
+    note: str  # how it was set up
+    ndcg_at_10: Estimate | None
+    mrr_at_10: Estimate | None
+    recall_at_100: Estimate | None
+    recall_at_1000: Estimate | None
+    query: Sparsity | None
+    document: Sparsity | None
+    flops_cost: float | None  # expected multiplications per query-document pair
+    retrieved: float | None  # mean number of documents that share a term with the query, at most the run's depth
+    run: str | None = None  # the file with its ranking, in the TREC format
+
+
+@dataclass(frozen=True)
+class Evaluation(Record):
+    """A model on a collection, with what it has to beat beside it."""
+
+    name: str
+    revision: str | None
+    collection: CollectionSummary
+    query_length: int  # in tokens, as used
+    document_length: int
+    mask_special_tokens: bool
+    resamples: int
+    seed: int
+    systems: tuple[SystemResult, ...]  # the model first
+    warnings: tuple[str, ...] = ()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
@@ -19,12 +20,21 @@ from headscale.records import (
     OutputStatistics,
     Profile,
     Target,
+    TrainedCell,
+    TrialResult,
     Verdict,
     WeightStatistics,
     plain,
 )
 
 Cell = float | int | str | bool | None
+
+
+class Progress(Protocol):
+    """What a long job calls as it goes on."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """So much of so much is done; `text` is what there is to see right now."""
 
 
 @dataclass(frozen=True)
@@ -73,35 +83,42 @@ class Voice:
         sys.stderr.flush()
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar with an ETA on a terminal, a line every tenth elsewhere; yields `(done, total) -> None`."""
+    def progress(self, title: str) -> Iterator[Progress]:
+        """A bar on a terminal, a line every tenth elsewhere, both with the time left; yields a `Progress`."""
         if self.quiet:
-            yield lambda done, total: None
+            yield lambda done, total, text="": None
         elif sys.stderr.isatty():
             yield from _bar(title)
         else:
             yield _tenths(title, self)
 
 
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(title: str) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
 
     # Left alone, Rich sends stdout to stderr as well while a bar is up.
-    with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True) as bar:
+    with Bars(console=Console(stderr=True), redirect_stdout=False, transient=True) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def step(done: int, total: int, text: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {text}".rstrip())
+
+        yield step
 
 
-def _tenths(title: str, voice: Voice) -> Callable[[int, int], None]:
+def _tenths(title: str, voice: Voice) -> Progress:
     said = -1
+    started = time.monotonic()
 
-    def step(done: int, total: int) -> None:
+    def step(done: int, total: int, text: str = "") -> None:
         nonlocal said
         tenth = 10 * done // max(1, total)
         if tenth > said:
             said = tenth
-            voice.note(f"{title}: {done}/{total}")
+            left = (time.monotonic() - started) * (total - done) / max(1, done)
+            parts = [f"{done}/{total}", text, f"about {left:.0f} s left" if 0 < done < total else ""]
+            voice.note(f"{title}: {', '.join(part for part in parts if part)}")
 
     return step
 
@@ -324,4 +341,97 @@ CALIBRATE_COLUMNS = (
     Column("score sd", _target("score_sd")),
     Column("note", _target("note"), on_terminal=False),
     Column("verdict", lambda r: r.calibration.verdict.word if r.chosen else None),
+)
+
+
+# --- trial and sweep -----------------------------------------------------------------------------------------------
+
+
+def _seeds(of: Callable[[TrainedCell], float | None]) -> Callable[[TrialResult], Cell]:
+    """The value over seeds: itself with one, mean ± sd with several."""
+
+    def shown(row: TrialResult) -> Cell:
+        import statistics
+
+        values = [v for v in (of(cell) for cell in row.cells) if v is not None and math.isfinite(v)]
+        if len(values) < 2:
+            return values[0] if values else None
+        return f"{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}"
+
+    return shown
+
+
+def _tail(name: str) -> Callable[[TrainedCell], float | None]:
+    return lambda cell: cell.run.end.tail.get(name)
+
+
+def _first(name: str) -> Callable[[TrainedCell], float | None]:
+    return lambda cell: getattr(cell.run.steps[0], name) if cell.run.steps else None
+
+
+def _ranking(cell: TrainedCell) -> float | None:
+    ranking = cell.run.end.ranking
+    return None if ranking is None else ranking.mrr_at_10
+
+
+TRIAL_COLUMNS = (
+    Column("backbone", lambda r: r.backbone, on_terminal=False),
+    Column("arm", lambda r: r.arm),
+    Column("scale [x]", lambda r: r.scale),
+    Column("mode", lambda r: r.mode, on_terminal=False),
+    Column("head lr [x]", lambda r: r.head_lr_multiplier),
+    Column("seeds", lambda r: len(r.cells)),
+    Column("steps", _seeds(lambda c: c.run.end.steps)),
+    Column("summed lr [share]", _seeds(lambda c: c.run.end.lr_sum_share), on_terminal=False),
+    Column("loss at step 0 [ln N]", _seeds(_first("loss_over_ln_n"))),
+    Column("loss at the end [ln N]", _seeds(_tail("loss_over_ln_n"))),
+    Column("batch accuracy", _seeds(_tail("batch_accuracy")), on_terminal=False),
+    Column("active q [dims]", _seeds(_tail("active_dims_query")), on_terminal=False),
+    Column("active d [dims]", _seeds(_tail("active_dims_document"))),
+    Column("score sd", _seeds(_tail("score_sd")), on_terminal=False),
+    Column("cosine d-d", _seeds(_tail("cosine_document"))),
+    Column("MRR@10", _seeds(_ranking)),
+    Column("decided [step]", lambda r: r.verdict.step, on_terminal=False),
+    Column("verdict", lambda r: r.verdict.word),
+)
+
+
+def _row(name: str, *, on_terminal: bool = True, title: str = "") -> Column:
+    return Column(title or name, lambda r: getattr(r, name), on_terminal)
+
+
+SWEEP_COLUMNS = (
+    _row("backbone"),
+    _row("scale", title="scale [x]"),
+    _row("mode"),
+    _row("head_lr_multiplier", title="head lr [x]"),
+    _row("lr"),
+    _row("seed"),
+    _row("temperature", on_terminal=False),
+    _row("lambda_query", on_terminal=False),
+    _row("lambda_document", on_terminal=False),
+    _row("warmup_ratio", title="warmup [share]", on_terminal=False),
+    _row("steps", on_terminal=False),
+    _row("lr_sum", title="summed lr", on_terminal=False),
+    _row("loss_start", title="loss at step 0 [ln N]"),
+    _row("loss_end", title="loss at the end [ln N]"),
+    _row("batch_accuracy", title="batch accuracy", on_terminal=False),
+    _row("active_dims_query", title="active q [dims]", on_terminal=False),
+    _row("active_dims_document", title="active d [dims]"),
+    _row("cosine_document", title="cosine d-d", on_terminal=False),
+    _row("grad_norm", title="gradient [L2]", on_terminal=False),
+    _row("head_norm_start", title="||W|| at the start [L2]", on_terminal=False),
+    _row("head_norm_end", title="||W|| at the end [L2]", on_terminal=False),
+    _row("non_finite_steps", title="non-finite [steps]", on_terminal=False),
+    _row("mrr_dev", title="MRR@10 dev"),
+    _row("mrr_test", title="MRR@10 test"),
+    _row("chance_mrr", title="MRR@10 chance", on_terminal=False),
+    _row("flops_cost", title="FLOPS [per pair]", on_terminal=False),
+    _row("vocab_size", title="vocabulary [terms]", on_terminal=False),
+    _row("verdict_step", title="decided [step]", on_terminal=False),
+    _row("verdict_lr_share", title="decided [share of summed lr]", on_terminal=False),
+    _row("key", on_terminal=False),
+    _row("message", on_terminal=False),
+    _row("status"),
+    _row("verdict"),
 )
