@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from headscale.errors import UnreadableError, UnsupportedHeadError
+from headscale.errors import NoHeadError, UnreadableError, UnsupportedHeadError
 from headscale.records import Head
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def find_head(model: nn.Module) -> Head:
         Names of the matrix, the live bias and the feeding norm, what is tied to what, any factor or softcap.
 
     Raises:
+        NoHeadError: the model puts out no logits.
         UnsupportedHeadError: no vocabulary-sized product, or logits that are not linear in the features.
     """
     import torch
@@ -257,7 +258,12 @@ def accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _observe(model: nn.Module, vocab_size: int, batch: Mapping[str, Tensor]) -> tuple[Product, Tensor]:
     seen: list[Product] = []
     with _watcher(vocab_size, seen):
-        logits = model(**batch).logits
+        logits = getattr(model(**batch), "logits", None)
+    if logits is None:
+        raise NoHeadError(
+            f"`{type(model).__name__}` puts out no logits: it has no MLM head",
+            hint="load it with `AutoModelForMaskedLM`, from a checkpoint that holds the head",
+        )
     matching = [p for p in seen if p.output.shape == logits.shape]
     if not matching:
         raise UnsupportedHeadError(
