@@ -181,9 +181,7 @@ def train_arms(
                 config = config.replace(mode="untie", scale=scale, head_lr_multiplier=multiplier)
             configuration = configuration_of(backbone, config, source, corpus)
             with voice.progress(f"training {name}, seed {seed}") as bar:
-                cell = run_cell(
-                    configuration, output, bench=bench, on_step=lambda r, _, bar=bar: bar(r.step + 1, STEPS)
-                )
+                cell = run_cell(configuration, output, bench=bench, on_step=shown_steps(bar, config.steps))
             runs.append(cell.run)
         arms.append(Arm(name, backbone, scale or 1.0, multiplier, tuple(runs)))
     return arms

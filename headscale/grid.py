@@ -12,17 +12,17 @@ import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 from headscale import cells
-from headscale.errors import HeadscaleError
+from headscale.errors import HeadscaleError, UsageError
 from headscale.recipes import TrainingConfig
 from headscale.records import SweepRow, TrainedCell
-from headscale.trial import KIND, Bench, folder_of, run_cell
+from headscale.trial import KIND, SCALED_MODES, Bench, folder_of, run_cell
 
 Configuration = dict[str, Any]
 
@@ -71,6 +71,18 @@ class Axes:
     head_lr_multipliers: tuple[float, ...] = (1.0,)
     lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0,)
+
+    def check(self) -> None:
+        """Refuse a mode that does not exist."""
+        unknown = [mode for mode in self.modes if mode not in SCALED_MODES]
+        if unknown:
+            raise UsageError(
+                f"`--modes {unknown[0]}` is none of {', '.join(SCALED_MODES)}", "see `headscale sweep --help`"
+            )
+
+    def with_scales(self, scales: tuple[float | None, ...]) -> Axes:
+        """The same grid over other constants."""
+        return replace(self, scales=scales)
 
     def trainings(self, recipe: TrainingConfig) -> list[TrainingConfig]:
         """The training of every cell, none twice."""
