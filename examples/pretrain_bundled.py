@@ -39,8 +39,7 @@ class Recipe:
     name: str
     steps: int
     lr: float
-    weight_decay: float  # on matrices; see `decay_all`
-    decay_all: bool = False  # also on biases and norms
+    weight_decay: float  # on matrices, the embedding included; biases and norms are left alone
     mask: float = 0.15
     level: float | None = None  # the vocabulary bias starts at log unigram frequency + level; None: at zero
     z_loss: float = 0.0  # weight of (log-normaliser - level)^2
@@ -245,11 +244,10 @@ def train(recipe: Recipe, texts: Windows, dev: Windows, work: Path) -> tuple[Any
 
 
 def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Weight decay on matrices, the tied embedding included; on biases and norms only where asked for."""
-    parameters = list(model.parameters())
-    matrices = [p for p in parameters if p.ndim >= 2 or recipe.decay_all]
-    rest = [p for p in parameters if not (p.ndim >= 2 or recipe.decay_all)]
-    return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    """Weight decay on matrices, the tied embedding included; none on biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def schedule(step: int, recipe: Recipe) -> float:
