@@ -154,6 +154,8 @@ class _Editing:
         self.change = change
         self.mode = mode
         self.head: Head = backbone.head
+        bias = backbone.loaded.bias
+        self.loaded_bias = None if bias is None else bias.detach().float().cpu().numpy()
         layout = layout_for(checkpoint.config)
         self.layout: Layout = layout if layout is not None else _watched_layout(backbone)
         self.keys = dict(backbone.stored.keys) if backbone.stored else self._exact_keys()
@@ -247,12 +249,19 @@ class _Editing:
         """Every name of the bias its own, equal tensor when untying; those in the file otherwise."""
         names = self.layout.biases if self.head.bias is not None else self.layout.dormant
         held = {name: self.keys[name] for name in names if name in self.keys}
+        live = next((key for key in held.values() if self._is_loaded(key)), None)
         sources: dict[str, str | None] = {self._own_key(n): key for n, key in held.items()}
-        if self.mode == "fold":
+        if self.mode == "untie" and live:
+            sources = dict.fromkeys(sources, live)
+        elif self.mode == "fold":
             sources = {own: key for own, key in sources.items() if own in self.checkpoint.tensors}
         if self.change.shift and self.head.bias and self.head.bias not in held:  # loaded as zeros
             sources[self._own_key(self.head.bias)] = None
         return {key: self._shifted(source) for key, source in sources.items()}
+
+    def _is_loaded(self, key: str) -> bool:
+        """Whether this is the bias that the model has in memory, where a file holds two that differ."""
+        return self.loaded_bias is not None and np.array_equal(self.checkpoint.tensor(key), self.loaded_bias)
 
     def _shifted(self, key: str | None) -> np.ndarray:
         old = self.checkpoint.tensor(key) if key else np.zeros(self.head.vocab_size, np.float32)

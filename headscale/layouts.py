@@ -292,8 +292,8 @@ _LAST_LAYER_KEYS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 
 @cache
-def binds_every_bias() -> bool:
-    """Whether the installed transformers is of the 4 series, where the names of a bias are one tensor, tied or not."""
+def is_transformers_4() -> bool:
+    """Whether the installed transformers is of the 4 series, which binds the names of a bias whatever the flag says."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -310,7 +310,7 @@ def layout_for(config: dict[str, Any]) -> Layout | None:
         return None
     if model_type in _DEBERTA_TYPES and config.get("legacy") is False:
         layout = _deberta_enhanced(layout)
-    if binds_every_bias():
+    if is_transformers_4():
         layout = replace(layout, **_IN_TRANSFORMERS_4.get(model_type, {}))
     if layout.norm and "{" in layout.norm:
         layout = replace(layout, norm=layout.norm.format(**{k: f(config) for k, f in _LAST_LAYER_KEYS.items()}))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscale.errors import NoHeadError, UnreadableError, UnsupportedHeadError
-from headscale.layouts import ENCODER_DECODER, Layout, binds_every_bias, layout_for
+from headscale.layouts import ENCODER_DECODER, Layout, is_transformers_4, layout_for
 from headscale.records import Head, Record
 
 if TYPE_CHECKING:
@@ -165,20 +165,25 @@ class _Reading:
             f"`{own[0]}` and `{embedding}` differ although the configuration ties them: transformers 5 keeps both, "
             "transformers 4 silently replaces the first by the second"
         )
-        return False
+        if is_transformers_4():
+            self.keys[layout.matrix[0]] = embedding
+        return is_transformers_4()
 
     def _bias(self, flag: bool) -> str | None:
         """The live bias: tied names are one tensor under the first name, untied the last name is live.
 
-        In transformers 4 they are one tensor either way.
+        In transformers 4 they are one tensor either way, and of two that differ it keeps one or the other.
         """
         names = self.layout.biases
         if not names or not _bias_on(self.checkpoint.config, self.layout):
             return None
         found = {name: self.find(name) for name in names}
         held = [key for key in found.values() if key is not None]
-        one_tensor = (flag or binds_every_bias()) and (len(held) < 2 or self._equal(held[0], held[1]))
-        if one_tensor:
+        same = len(held) < 2 or self._equal(held[0], held[1])
+        if is_transformers_4() and not same:
+            self.warnings.append(f"`{held[0]}` and `{held[1]}` differ: transformers 4 replaces one by the other")
+            return names[0]
+        if same and (flag or is_transformers_4()):
             if held:
                 self.keys.update(dict.fromkeys(names, held[0]))
             else:
