@@ -515,6 +515,61 @@ def sweep(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory or bundled:NAME.")],
+    collection: Annotated[
+        Path | None, typer.Option("--collection", metavar="DIR", help="In BEIR layout; by default built-in docstrings.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which judgements: DIR/qrels/SPLIT.tsv.")] = "test",
+    query_length: QueryLength = 256,
+    document_length: DocumentLength = 256,
+    mask_special_tokens: Annotated[
+        bool, typer.Option("--mask-special-tokens", help="Leave special tokens out of the pooling.")
+    ] = False,
+    bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Add a row for BM25.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts encoded at once.")] = 32,
+    resamples: Annotated[int, typer.Option(min=1000, help="Of the queries, for the intervals.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    device: TrainDevice = "auto",
+    output: Output = None,
+    run_folder: Run = _RUN,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure retrieval effectiveness and sparsity on a collection, beside BM25 and chance."""
+    voice = _begin(f"evaluating {model}", quiet, debug, run_folder)
+    if collection is None and split != "test":
+        raise UsageError(f"`--split {split}` needs `--collection DIR`", "the built-in collection has `test` alone")
+    from headscale.collection import read_collection
+    from headscale.evaluation import Setup, built_in, evaluate_in_run, require_packages
+    from headscale.render import EVALUATE_COLUMNS, show, system_rows, write_document
+
+    setup = Setup(query_length, document_length, batch_size, mask_special_tokens, bm25, resamples, seed)
+    require_packages(setup)
+    chosen = None if collection is None else read_collection(collection, split)
+    from headscale.device import choose_device
+
+    place = choose_device(device)
+    loading = _loading(voice, revision, trust_remote_code, place.name, False)
+    chosen = chosen or built_in(loading)
+    voice.note(f"{len(chosen.queries)} queries, {len(chosen.documents)} documents ({chosen.name}) on {place.reason}")
+    with voice.progress(f"encoding with {model}") as bar:
+        found = evaluate_in_run(model, chosen, run_folder, setup=setup, force=force, loading=_watched(loading, bar))
+    for warning in found.warnings:
+        voice.warn(f"{model}: {warning}")
+    if as_json:
+        write_document("evaluate", [found], voice.errors or [])
+    else:
+        show(system_rows([found]), EVALUATE_COLUMNS)
+    if output is not None:
+        write_document("evaluate", [found], voice.errors or [], output)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where figure and results go.")] = Path(
         "headscale-demo"

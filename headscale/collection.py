@@ -260,10 +260,10 @@ def _identity(value: Any, path: Path, number: int) -> str:
 
 def _text(values: dict[str, Any], path: Path, number: int, empty_allowed: bool) -> str:
     """Title and text, joined by a space as BEIR's own models read them."""
-    parts = [values.get("title") or "", values.get("text", None)]
-    if not all(isinstance(part, str) for part in parts):
+    title, text = values.get("title") or "", values.get("text")
+    if not isinstance(title, str) or not isinstance(text, str):
         raise UnreadableError(f"`{path}` row {number} has no string under `text`", "every row needs a `text`")
-    joined = " ".join(part.strip() for part in parts if part.strip())
+    joined = f"{title.strip()} {text.strip()}".strip()
     if not joined and not empty_allowed:
         raise UnreadableError(f"`{path}` row {number} has an empty `text`", "remove the row or give it a text")
     return joined

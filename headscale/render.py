@@ -16,9 +16,11 @@ from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
 from headscale.records import (
     Calibration,
+    Evaluation,
     Inspection,
     OutputStatistics,
     Profile,
+    SystemResult,
     Target,
     TrainedCell,
     TrialResult,
@@ -434,4 +436,68 @@ SWEEP_COLUMNS = (
     _row("message", on_terminal=False),
     _row("status"),
     _row("verdict"),
+)
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SystemRow:
+    """One line of `evaluate`: the model, BM25 or chance on one collection."""
+
+    evaluation: Evaluation
+    result: SystemResult
+
+
+def system_rows(found: Sequence[Evaluation]) -> list[SystemRow]:
+    """Every system of every evaluation, the model first."""
+    return [SystemRow(evaluation, result) for evaluation in found for result in evaluation.systems]
+
+
+def _metric(name: str, part: str = "value") -> Callable[[SystemRow], Cell]:
+    def value(row: SystemRow) -> Cell:
+        estimate = getattr(row.result, name)
+        return None if estimate is None else getattr(estimate, part)
+
+    return value
+
+
+def _measure(name: str, title: str, *, interval: bool) -> tuple[Column, ...]:
+    return (
+        Column(title, _metric(name)),
+        Column(f"{title} low [95 %]", _metric(name, "low"), interval),
+        Column(f"{title} high [95 %]", _metric(name, "high"), interval),
+        Column(f"{title} sd [queries]", _metric(name, "query_sd"), on_terminal=False),
+    )
+
+
+def _sparsity(side: str, name: str) -> Callable[[SystemRow], Cell]:
+    def value(row: SystemRow) -> Cell:
+        found = getattr(row.result, side)
+        return None if found is None else getattr(found, name)
+
+    return value
+
+
+EVALUATE_COLUMNS = (
+    Column("system", lambda r: r.result.system),
+    Column("collection", lambda r: r.evaluation.collection.name, on_terminal=False),
+    Column("split", lambda r: r.evaluation.collection.split, on_terminal=False),
+    Column("queries", lambda r: r.evaluation.collection.queries, on_terminal=False),
+    Column("documents", lambda r: r.evaluation.collection.documents, on_terminal=False),
+    *_measure("ndcg_at_10", "nDCG@10", interval=True),
+    *_measure("mrr_at_10", "MRR@10", interval=False),
+    *_measure("recall_at_100", "R@100", interval=False),
+    *_measure("recall_at_1000", "R@1000", interval=False),
+    Column("retrieved [docs]", lambda r: r.result.retrieved, on_terminal=False),
+    Column("active q [dims]", _sparsity("query", "active_dims")),
+    Column("active d [dims]", _sparsity("document", "active_dims")),
+    Column("empty q [share]", _sparsity("query", "empty"), on_terminal=False),
+    Column("empty d [share]", _sparsity("document", "empty"), on_terminal=False),
+    Column("FLOPS reg q", _sparsity("query", "flops_reg"), on_terminal=False),
+    Column("FLOPS reg d", _sparsity("document", "flops_reg"), on_terminal=False),
+    Column("FLOPS [per pair]", lambda r: r.result.flops_cost),
+    Column("run", lambda r: r.result.run, on_terminal=False),
+    Column("set-up", lambda r: r.result.note, on_terminal=False),
 )
