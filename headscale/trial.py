@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,18 +135,30 @@ def configuration_of(
         trust_remote_code: run a repository's own modelling code.
         stop_early: end the run once its verdict is certain; the rules are then part of what decides it.
     """
-    from headscale.api import identity
-
     return {
         "backbone": backbone,
         "revision": revision,
-        "identity": identity(backbone, revision),
+        "identity": identity_of(backbone, revision),
         "trust_remote_code": trust_remote_code,
         "training": training.to_dict(),
         "texts": {**texts.to_dict(), "fingerprints": corpus.fingerprints()},
         "stop_early": RULES.to_dict() if stop_early else None,
         "headscale": __version__,
     }
+
+
+def identity_of(backbone: str, revision: str | None = None) -> Any:
+    """What a name stands for right now: a bundled one's digest, which is the same on every machine; else `identity`."""
+    from headscale import bundled
+    from headscale.api import identity
+
+    if not bundled.is_bundled(backbone):
+        return identity(backbone, revision)
+    files = sorted(f for f in bundled.path(backbone).iterdir() if f.suffix in (".json", ".safetensors"))
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def training_of(configuration: dict[str, Any]) -> TrainingConfig:

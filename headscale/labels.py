@@ -1,0 +1,220 @@
+"""What a full run turned out to be, from its end alone; how well verdicts foresaw it; and rules fitted to that."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from headscale.records import Record, SweepRow
+from headscale.verdict import FAILED, LOW_IS_BAD, TRAINED, Rules
+
+# A run that ends with less than a quarter of what the best cell of its group reaches did not train: collapsed runs
+# of tiny backbones reach 1 to 5 % of it, slow ones about a third (measured).
+FAIL_RELATIVE = 0.25
+# Seeds of one cell differ by 5 to 18 % (sd, measured); a fifth below the best is more than that.
+DEGRADED_RELATIVE = 0.8
+# Ten times the share of a healthy document: 250 of 30,522 terms (sentence-transformers' guide to sparse encoders).
+DENSE_SHARE = 10 * 250 / 30_522
+# A loss at the end of twice that of knowing nothing is confident and wrong.
+DIVERGED_LOSS = 2.0
+GROUP_LEAST = 4  # cells that a group needs for its best one to be a yardstick
+
+
+@dataclass(frozen=True)
+class Label(Record):
+    """What a full run turned out to be."""
+
+    word: str  # stable, dense, degraded, collapsed or diverged
+    relative: float  # MRR@10 over that of the best cell of the group
+
+
+def group_of(row: SweepRow) -> tuple[str, float]:
+    """Cells of one backbone and learning rate are compared with each other."""
+    return (row.backbone, row.lr)
+
+
+def best_of_groups(rows: Iterable[SweepRow], *, fallback_lr: float) -> dict[tuple[str, float], float]:
+    """The best cell's MRR@10 on test pairs by group, a cell being the mean over its seeds.
+
+    Args:
+        rows: finished cells.
+        fallback_lr: groups of fewer than `GROUP_LEAST` cells take the yardstick of this learning rate.
+    """
+    points: dict[tuple[str, float], dict[tuple[object, ...], list[float]]] = {}
+    for row in rows:
+        if row.mrr_test is not None:
+            points.setdefault(group_of(row), {}).setdefault(point_of(row), []).append(row.mrr_test)
+    best = {group: max(sum(v) / len(v) for v in cells.values()) for group, cells in points.items()}
+    small = [group for group, cells in points.items() if len(cells) < GROUP_LEAST]
+    return {**best, **{g: best.get((g[0], fallback_lr), best[g]) for g in small}}
+
+
+def point_of(row: SweepRow) -> tuple[object, ...]:
+    """Everything of a cell but its seed."""
+    return (row.backbone, row.scale, row.mode, row.head_lr_multiplier, row.lr, row.temperature, row.lambda_query,
+            row.lambda_document, row.warmup_ratio)  # fmt: skip
+
+
+def label_of(row: SweepRow, best: float) -> Label:
+    """The label of a finished full run.
+
+    Args:
+        row: the cell; only what it says of the end is looked at.
+        best: MRR@10 of the best cell of its group.
+    """
+    relative = (row.mrr_test or 0.0) / best if best > 0 else 0.0
+    finite = row.loss_end is not None and math.isfinite(row.loss_end) and row.head_norm_end is not None
+    if not finite:
+        return Label("diverged", relative)
+    assert row.loss_end is not None
+    if relative < FAIL_RELATIVE:
+        return Label("diverged" if row.loss_end > DIVERGED_LOSS else "collapsed", relative)
+    if (row.active_dims_document or 0.0) > DENSE_SHARE * (row.vocab_size or math.inf):
+        return Label("dense", relative)
+    return Label("degraded" if relative < DEGRADED_RELATIVE else "stable", relative)
+
+
+# --- how right the verdicts were -----------------------------------------------------------------------------------
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % by default; (0, 1) of nothing."""
+    if not trials:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+@dataclass(frozen=True)
+class Score(Record):
+    """Verdicts against labels: train or fail on the decided ones, abstention as coverage."""
+
+    cells: int
+    decided: int
+    failing: int  # decided cells whose label is a failure
+    failing_right: int
+    training: int
+    training_right: int
+    confusion: tuple[tuple[str, str, int], ...]  # label, verdict, cells
+
+    @property
+    def coverage(self) -> float:
+        """Share of the cells that were decided."""
+        return self.decided / self.cells if self.cells else math.nan
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of the two recalls."""
+        if not self.failing or not self.training:
+            return math.nan
+        return (self.failing_right / self.failing + self.training_right / self.training) / 2
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the balanced accuracy: the mean of the two recalls' Wilson bounds, which is on the wide side."""
+        one = wilson(self.failing_right, self.failing)
+        two = wilson(self.training_right, self.training)
+        return (one[0] + two[0]) / 2, (one[1] + two[1]) / 2
+
+
+def score(pairs: Sequence[tuple[str, str]]) -> Score:
+    """How right verdicts were.
+
+    Args:
+        pairs: (label, verdict) of every cell.
+    """
+    decided = [(label, word) for label, word in pairs if word != "inconclusive"]
+    failing = [word for label, word in decided if label in FAILED]
+    training = [word for label, word in decided if label in TRAINED]
+    counts = Counter(pairs)
+    return Score(
+        cells=len(pairs),
+        decided=len(decided),
+        failing=len(failing),
+        failing_right=sum(word in FAILED for word in failing),
+        training=len(training),
+        training_right=sum(word in TRAINED for word in training),
+        confusion=tuple((label, word, count) for (label, word), count in sorted(counts.items())),
+    )
+
+
+# --- fitting -------------------------------------------------------------------------------------------------------
+
+FORECASTS = ("loss_over_ln_n", "batch_accuracy", "cosine_document", "cosine_query", "score_sd", "grad_norm",
+             "margin_over_sd")  # fmt: skip
+"""What may tell training from failing; all but `LOW_IS_BAD` are bad where they are large."""
+LEAST_COVERAGE = 0.9
+
+
+@dataclass(frozen=True)
+class Split:
+    """A threshold pair on one statistic and how well it separates the cells it was fitted on."""
+
+    statistic: str
+    fails_from: float
+    trains_to: float
+    balanced_accuracy: float
+    coverage: float
+    gap: float  # between the classes at the threshold, in sds of the statistic's ranks' values (log where positive)
+
+
+def fit_split(statistic: str, failing: Sequence[float], training: Sequence[float]) -> Split:
+    """The threshold on a statistic with the best balanced accuracy, midway between its neighbours.
+
+    Args:
+        statistic: its name; `LOW_IS_BAD` says which side fails.
+        failing: its values in cells that failed.
+        training: its values in cells that trained.
+    """
+    sign = -1.0 if statistic in LOW_IS_BAD else 1.0
+    values = sorted({sign * v for v in (*failing, *training)})
+    cuts = list(itertools.pairwise(values))
+    best: tuple[float, float, float, float] = (-1.0, 0.0, 0.0, 0.0)
+    for low, high in cuts:
+        right = (
+            sum(sign * v >= high for v in failing) / len(failing)
+            + sum(sign * v <= low for v in training) / len(training)
+        ) / 2
+        best = max(best, (right, _distance(low, high), low, high))
+    right, gap, low, high = best
+    middle = sign * _middle(low, high)
+    return Split(statistic, middle, middle, right, 1.0, gap)
+
+
+def _distance(low: float, high: float) -> float:
+    return abs(math.log(high / low)) if low * high > 0 else high - low
+
+
+def _middle(low: float, high: float) -> float:
+    """Geometric between numbers of one sign, else arithmetic."""
+    return math.copysign(math.sqrt(low * high), low) if low * high > 0 else (low + high) / 2
+
+
+def fit(
+    rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]
+) -> tuple[Rules, tuple[Split, ...]]:
+    """Rules with the forecast fitted to cells, and every statistic's split beside it, the best first.
+
+    Args:
+        rules: what is not fitted.
+        prefixes: of every cell, its means (`headscale.verdict.means`) at `rules.decide_share`.
+        labels: of every cell.
+    """
+    splits = []
+    for statistic in FORECASTS:
+        known = [(p[statistic], label in FAILED) for p, label in zip(prefixes, labels, strict=True)]
+        failing = [value for value, bad in known if bad and math.isfinite(value)]
+        training = [value for value, bad in known if not bad and math.isfinite(value)]
+        if failing and training:
+            splits.append(fit_split(statistic, failing, training))
+    order = {name: place for place, name in enumerate(FORECASTS)}
+    ranked = sorted(splits, key=lambda s: (-s.balanced_accuracy, order[s.statistic]))
+    best = ranked[0]
+    fitted = replace(rules, statistic=best.statistic, fails_from=best.fails_from, trains_to=best.trains_to)
+    return fitted, tuple(ranked)
