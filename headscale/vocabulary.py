@@ -45,11 +45,11 @@ def read_vocabulary(checkpoint: Checkpoint, rows: int) -> Vocabulary | None:
     """
     try:
         found = _read(checkpoint)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return None if found is None else _assemble(*found, rows)
+    except (AttributeError, KeyError, MemoryError, TypeError, ValueError) as error:
         raise UnreadableError(
             f"the tokenizer files of `{checkpoint.name}` are not understood: {error}", hint="download them again"
         ) from error
-    return None if found is None else _assemble(*found, rows)
 
 
 def _read(checkpoint: Checkpoint) -> tuple[dict[str, int], set[int]] | None:
@@ -79,8 +79,7 @@ def _assemble(table: dict[str, int], special: set[int], rows: int) -> Vocabulary
     for token, index in table.items():
         tokens[index] = token
     unused = {i for i, token in enumerate(tokens) if token == "" or _UNUSED.match(token)}
-    inside = frozenset(i for i in special if 0 <= i < len(tokens))
-    return Vocabulary(tuple(tokens), inside, frozenset(unused) - inside)
+    return Vocabulary(tuple(tokens), frozenset(special & set(range(len(tokens)))) - unused, frozenset(unused))
 
 
 def _table(checkpoint: Checkpoint, content: dict[str, Any] | None) -> dict[str, int]:
