@@ -200,7 +200,10 @@ def _features(loaded: LoadedHead, batch: dict[str, Tensor], tokenizer: Any) -> T
         )
     try:
         return loaded.features(**batch)
-    except IndexError as error:  # of an embedding: past its positions, or past its rows
+    except (IndexError, RuntimeError) as error:
+        positions = getattr(loaded.model.config, "max_position_embeddings", None)
+        if isinstance(error, RuntimeError) and not (positions and width > positions):
+            raise  # not of the texts: out of memory, say
         raise HeadscaleError(
             f"`{loaded.head.architecture}` cannot take these tokens: {error}",
             hint="shorten the texts with `--document-length`, or check that the tokenizer belongs to the model",
