@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,6 +80,8 @@ def per_query(collection: Collection, rankings: Sequence[Ranked]) -> dict[str, F
     import ir_measures
 
     names = measurable(len(collection.documents))
+    if not names:
+        return {}
     measures = {ir_measures.parse_measure(MEASURES[name][0]): name for name in names}
     row = {query: i for i, query in enumerate(collection.query_ids)}
     values = {name: np.zeros(len(row)) for name in names}
@@ -231,4 +234,5 @@ def write_run(path: Path, collection: Collection, rankings: Sequence[Ranked], ta
             f"`{path}` cannot be written: {error.strerror or error}", "check the path, its permissions and the disk"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
