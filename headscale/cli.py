@@ -753,9 +753,8 @@ def _announce(training: Any, voice: Voice) -> None:
     choice = choose_device(training.device, precision=training.precision)
     share = Clock(training).share(training.steps)
     kind = "a whole schedule in" if training.compressed else f"of {training.horizon:,} steps, the first"
-    voice.note(
-        f"{kind} {training.steps:,}: {share:.0%} of the summed learning rate; on {choice.name} ({choice.reason})"
-    )
+    voice.note(f"{kind} {training.steps:,}: {share:.0%} of the summed learning rate")
+    voice.note(f"device {choice.name}: {choice.reason}")
 
 
 def _judged(result: Any, voice: Voice) -> None:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 from headscale.records import Record, SweepRow
 from headscale.verdict import FAILED, LOW_IS_BAD, TRAINED, Rules
@@ -80,7 +81,7 @@ def label_of(row: SweepRow, best: float) -> Label:
 # --- how right the verdicts were -----------------------------------------------------------------------------------
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: int, trials: int, z: float = NormalDist().inv_cdf(0.975)) -> tuple[float, float]:
     """Wilson's score interval of a proportion, 95 % by default; (0, 1) of nothing."""
     if not trials:
         return 0.0, 1.0

@@ -81,7 +81,7 @@ RULES = Rules()
 
 
 def means(steps: Sequence[StepRecord], rules: Rules = RULES) -> dict[str, float]:
-    """Means over the last steps of what the rules look at; NaN for what was never defined there."""
+    """Means over the last steps of what the rules look at, of what is finite; NaN for what never was."""
     count = min(max(rules.window_least, math.ceil(rules.window_share * len(steps))), rules.window_most)
     window = steps[-count:]
     found = {name: _mean([getattr(record, name) for record in window]) for name in STATISTICS}
@@ -95,7 +95,7 @@ LOW_IS_BAD = frozenset({"batch_accuracy", "margin_over_sd"})
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return math.fsum(known) / len(known) if known else math.nan
 
 
@@ -154,7 +154,7 @@ class Watch:
         self.steps.append(record)
         if not self.verdict.certain:
             found = self._judge()
-            same = found.word == self.verdict.word
+            same = found.word == self.verdict.word and len(self.steps) > 1
             before = self.verdict
             share = before.lr_share if same else self.clock.share(len(self.steps))
             self.verdict = replace(found, step=before.step if same else len(self.steps), lr_share=share)

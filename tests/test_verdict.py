@@ -1,0 +1,317 @@
+"""Verdicts: each rule alone on made-up steps, prefixes only, and the counting and fitting behind the thresholds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from headscale.labels import (
+    DENSE_SHARE,
+    FORECASTS,
+    Score,
+    best_of_groups,
+    fit,
+    fit_split,
+    label_of,
+    score,
+    wilson,
+)
+from headscale.recipes import TrainingConfig
+from headscale.records import StepRecord, SweepRow
+from headscale.verdict import (
+    FAILED,
+    LOW_IS_BAD,
+    ORIGINS,
+    RULES,
+    TRAINED,
+    WORDS,
+    Clock,
+    Rules,
+    Watch,
+    judge_run,
+    means,
+    worst,
+)
+
+FULL = TrainingConfig(steps=100, batch_size=32, lr=3e-4)
+VOCAB, N = 1000, 32
+OWN = Rules(statistic="loss_over_ln_n", fails_from=4.0, trains_to=2.0, settle_share=0.5, dense_share=0.1,
+            degraded_accuracy=0.3)  # fmt: skip
+
+
+def step(number: int, **values: float | None) -> StepRecord:
+    given = {
+        "loss": 1.0, "loss_over_ln_n": 1.0, "batch_accuracy": 0.5, "cosine_document": 0.5, "cosine_query": 0.5,
+        "score_sd": 1.0, "score_margin": 1.0, "active_dims_document": 50.0, "head_norm": 10.0, "grad_norm": 1.0,
+        "skipped": False, "non_finite": 0, "memory": 0, **values,
+    }  # fmt: skip
+    return StepRecord(**{f.name: given.get(f.name, 0.0) for f in fields(StepRecord)} | {"step": number})  # type: ignore[arg-type]
+
+
+def run_of(count: int, **values: float | None) -> list[StepRecord]:
+    return [step(i, **values) for i in range(count)]
+
+
+def verdict_of(steps: list[StepRecord], rules: Rules = OWN, config: TrainingConfig = FULL):
+    return judge_run(steps, config, candidates=N, vocab_size=VOCAB, rules=rules)
+
+
+def test_every_threshold_has_an_origin():
+    assert set(ORIGINS) == {f.name for f in fields(Rules)}
+    assert all(ORIGINS.values())
+    assert "preliminary" not in set(ORIGINS.values())
+
+
+def test_the_words_are_the_closed_list():
+    assert set(WORDS) == {"stable", "degraded", "diverged", "collapsed", "dense", "inconclusive"}
+    assert FAILED | TRAINED | {"inconclusive"} == set(WORDS)
+    assert {RULES.statistic} <= set(FORECASTS)
+    assert set(FORECASTS) >= LOW_IS_BAD
+
+
+# --- the clock -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 10, 55, 100])
+def test_the_share_is_that_of_summed_learning_rates(steps):
+    """Against the ratio written out: 10 steps of warmup from 0, then linear to 0."""
+    factors = [i / 10 if i < 10 else (100 - i) / 90 for i in range(100)]
+    assert Clock(FULL).share(steps) == pytest.approx(sum(factors[:steps]) / sum(factors), abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.999])
+def test_steps_for_a_share_are_the_fewest(share):
+    clock = Clock(FULL)
+    count = clock.steps_for(share)
+    assert clock.share(count) >= share > clock.share(count - 1)
+
+
+# --- the rules -----------------------------------------------------------------------------------------------------
+
+
+def test_before_the_deciding_share_nothing_but_failure_is_called():
+    count = Clock(FULL).steps_for(OWN.decide_share)
+    early = verdict_of(run_of(count - 1))
+    assert (early.word, early.rule, early.certain) == ("inconclusive", "horizon", False)
+    assert verdict_of(run_of(count)).word == "stable"
+
+
+def test_the_share_is_of_the_full_run_not_of_the_trial():
+    first = FULL.replace(steps=20, horizon=1000)
+    assert verdict_of(run_of(20), config=first).word == "inconclusive"
+    assert verdict_of(run_of(20), config=first.replace(compressed=True)).word == "stable"
+
+
+def test_the_signature_of_collapse_is_called_at_once_and_is_certain():
+    found = verdict_of(run_of(6, loss_over_ln_n=1.01, batch_accuracy=1 / 32, cosine_document=0.99))
+    assert (found.word, found.rule, found.certain) == ("collapsed", "signature", True)
+    assert found.step == 6
+    assert "0.99" in found.evidence
+
+
+@pytest.mark.parametrize(
+    "healthy", [{"loss_over_ln_n": 0.9}, {"batch_accuracy": 0.2}, {"cosine_document": 0.6}, {"loss_over_ln_n": 1.2}]
+)
+def test_the_signature_needs_all_of_its_parts(healthy):
+    values = {"loss_over_ln_n": 1.01, "batch_accuracy": 1 / 32, "cosine_document": 0.99, **healthy}
+    assert verdict_of(run_of(6, **values)).word == "inconclusive"
+
+
+def test_all_vectors_empty_counts_as_alike():
+    found = verdict_of(run_of(6, loss_over_ln_n=1.0, batch_accuracy=0.0, cosine_document=None))
+    assert found.word == "collapsed"
+
+
+def test_one_infinite_loss_is_not_yet_divergence_and_three_are():
+    steps = run_of(20)
+    steps[10] = replace(steps[10], loss=math.inf, loss_over_ln_n=math.inf)
+    assert "diverged" not in {verdict_of(steps[:n]).word for n in (11, 12, 13)}
+    steps[11], steps[12] = (replace(s, loss=math.nan, loss_over_ln_n=math.nan) for s in steps[11:13])
+    found = verdict_of(steps[:13])
+    assert (found.word, found.rule, found.certain) == ("diverged", "non-finite", True)
+
+
+def test_weights_that_are_not_numbers_are_divergence_at_once():
+    steps = run_of(4)
+    steps[3] = replace(steps[3], head_norm=math.nan)
+    assert verdict_of(steps).word == "diverged"
+
+
+def test_a_loss_that_doubles_above_chance_diverges_and_a_falling_one_does_not():
+    rising = [step(i, loss_over_ln_n=3.0 + 2 * i) for i in range(8)]
+    falling = [step(i, loss_over_ln_n=100.0 - 10 * i) for i in range(8)]
+    assert verdict_of(rising).word == "diverged"
+    assert verdict_of(falling).word == "inconclusive"
+
+
+def test_the_forecast_fails_trains_or_abstains():
+    count = Clock(FULL).steps_for(OWN.decide_share)
+    words = {loss: verdict_of([step(0, loss_over_ln_n=50.0), *run_of(count, loss_over_ln_n=loss)[1:]])
+             for loss in (1.9, 2.1, 3.9, 4.1)}  # fmt: skip
+    assert [v.word for v in words.values()] == ["stable", "inconclusive", "inconclusive", "collapsed"]
+    assert words[4.1].certain
+    assert words[4.1].threshold == 4.0
+    assert words[1.9].undecided == ("degraded", "dense")
+
+
+def test_where_low_is_bad_the_forecast_turns_around():
+    rules = replace(OWN, statistic="batch_accuracy", fails_from=0.1, trains_to=0.2)
+    count = Clock(FULL).steps_for(OWN.decide_share)
+    words = [verdict_of(run_of(count, batch_accuracy=a), rules).word for a in (0.05, 0.15, 0.25)]
+    assert words == ["collapsed", "inconclusive", "stable"]
+
+
+def test_an_undefined_statistic_never_counts_as_training():
+    rules = replace(OWN, statistic="cosine_document", fails_from=0.9, trains_to=0.9)
+    assert verdict_of(run_of(20, cosine_document=None), rules).word == "collapsed"
+
+
+def test_sparsity_and_quality_are_judged_late_only():
+    late = Clock(FULL).steps_for(OWN.settle_share)
+    dense = {"active_dims_document": 0.2 * VOCAB}
+    assert verdict_of(run_of(late - 1, **dense)).word == "stable"
+    assert verdict_of(run_of(late, **dense)).word == "dense"
+    assert verdict_of(run_of(late, batch_accuracy=0.1)).word == "degraded"
+    slow_ramp = FULL.replace(ramp_ratio=0.9)
+    assert verdict_of(run_of(late, **dense), config=slow_ramp).word == "stable"
+
+
+def test_only_steps_so_far_count():
+    """The verdict after n steps is the same whatever follows."""
+    fine, bad = run_of(60), run_of(60, loss_over_ln_n=30.0, batch_accuracy=0.0)
+    watch = Watch(FULL, candidates=N, vocab_size=VOCAB, rules=OWN)
+    online = [watch(record) for record in [*fine[:30], *bad[30:]]]
+    for n in (5, 20, 30):
+        assert online[n - 1] == verdict_of(fine[:n])
+
+
+def test_the_step_is_where_the_word_began_to_hold():
+    count = Clock(FULL).steps_for(OWN.decide_share)
+    found = verdict_of(run_of(count + 5))
+    assert found.step == count
+    assert found.lr_share == pytest.approx(Clock(FULL).share(count))
+
+
+def test_a_certain_verdict_stays():
+    steps = [*run_of(6, loss_over_ln_n=1.0, batch_accuracy=0.0, cosine_document=1.0), *run_of(40)[6:]]
+    assert verdict_of(steps) == verdict_of(steps[:6])
+
+
+def test_means_are_over_the_last_steps():
+    values = np.arange(40.0)
+    seen = means([step(i, grad_norm=v, cosine_query=None) for i, v in enumerate(values)])
+    assert seen["grad_norm"] == pytest.approx(values[-8:].mean())
+    assert math.isnan(seen["cosine_query"])
+
+
+def test_the_worst_seed_counts():
+    good, bad = verdict_of(run_of(20)), verdict_of(run_of(20, loss_over_ln_n=9.0))
+    assert worst([good, bad, good]).word == "collapsed"
+    assert worst([good, verdict_of(run_of(2))]).word == "inconclusive"
+
+
+# --- labels --------------------------------------------------------------------------------------------------------
+
+
+def row(**values: object) -> SweepRow:
+    given: dict[str, object] = {
+        "backbone": "b", "revision": None, "scale": 1.0, "mode": "untie", "head_lr_multiplier": 1.0, "lr": 3e-4,
+        "temperature": 1.0, "lambda_query": 0.0, "lambda_document": 0.0, "warmup_ratio": 0.1, "seed": 0,
+        "status": "done", "key": "k", "loss_end": 0.5, "head_norm_end": 1.0, "mrr_test": 0.4,
+        "active_dims_document": 10.0, "vocab_size": VOCAB, **values,
+    }  # fmt: skip
+    return SweepRow(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({}, "stable"),
+        ({"mrr_test": 0.31}, "degraded"),
+        ({"mrr_test": 0.05, "loss_end": 1.0}, "collapsed"),
+        ({"mrr_test": 0.05, "loss_end": 30.0}, "diverged"),
+        ({"head_norm_end": None}, "diverged"),
+        ({"loss_end": None}, "diverged"),
+        ({"active_dims_document": 1.01 * DENSE_SHARE * VOCAB}, "dense"),
+        ({"mrr_test": 0.05, "active_dims_document": 900.0}, "collapsed"),
+    ],
+)
+def test_labels_come_from_the_end(values, word):
+    assert label_of(row(**values), 0.4).word == word
+
+
+def test_the_yardstick_is_the_best_mean_over_seeds_of_the_group():
+    cells = [row(scale=s, seed=seed, mrr_test=m) for s, seed, m in
+             [(1, 0, 0.1), (2, 0, 0.9), (2, 1, 0.1), (4, 0, 0.6), (4, 1, 0.6), (8, 0, 0.2)]]  # fmt: skip
+    lone = row(lr=1e-5, mrr_test=0.01)
+    other = row(backbone="c", mrr_test=0.3)
+    best = best_of_groups([*cells, lone, other], fallback_lr=3e-4)
+    assert best == {("b", 3e-4): pytest.approx(0.6), ("b", 1e-5): pytest.approx(0.6), ("c", 3e-4): 0.3}
+
+
+# --- counting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 5), (37, 40), (1, 3)])
+def test_wilson_against_scipy(k, n):
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_wilson_of_nothing_says_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_the_score_counts_abstention_as_coverage():
+    pairs = [("collapsed", "diverged")] * 3 + [("collapsed", "stable")] + [("stable", "stable")] * 5
+    pairs += [("dense", "stable"), ("stable", "inconclusive"), ("degraded", "collapsed")]
+    found = score(pairs)
+    assert isinstance(found, Score)
+    assert found.coverage == pytest.approx(11 / 12)
+    assert found.balanced_accuracy == pytest.approx((3 / 4 + 6 / 7) / 2)
+    assert sum(count for _, _, count in found.confusion) == 12
+    low, high = found.interval
+    assert low < found.balanced_accuracy < high
+
+
+def test_the_score_without_one_of_the_classes_is_undefined():
+    assert math.isnan(score([("stable", "stable")]).balanced_accuracy)
+
+
+# --- fitting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("statistic", ["loss_over_ln_n", "batch_accuracy"])
+def test_the_fitted_threshold_is_the_best_of_all(statistic, seed):
+    """Against every possible threshold, tried one by one."""
+    source = np.random.default_rng(seed)
+    sign = -1 if statistic in LOW_IS_BAD else 1
+    failing, training = (source.lognormal(sign * shift, 1.0, 12) for shift in (0.7, -0.7))
+    found = fit_split(statistic, failing, training)
+
+    def accuracy(threshold: float) -> float:
+        return float((sign * failing > sign * threshold).mean() + (sign * training <= sign * threshold).mean()) / 2
+
+    tried = np.linspace(0, 1.01 * max(failing.max(), training.max()), 4000)
+    assert accuracy(found.fails_from) == pytest.approx(found.balanced_accuracy)
+    assert found.balanced_accuracy >= max(accuracy(t) for t in tried) - 1e-9
+    assert found.fails_from == found.trains_to
+
+
+def test_fitting_takes_the_statistic_that_separates():
+    source = np.random.default_rng(0)
+    labels = ["collapsed"] * 10 + ["stable"] * 10
+    prefixes = [
+        {**{name: float(source.lognormal()) for name in FORECASTS}, "cosine_query": 0.9 if bad else 0.4}
+        for bad in [True] * 10 + [False] * 10
+    ]
+    rules, splits = fit(OWN, prefixes, labels)
+    assert rules.statistic == "cosine_query"
+    assert rules.fails_from == pytest.approx(0.6)
+    assert splits[0].balanced_accuracy == 1.0
+    assert rules.decide_share == OWN.decide_share
