@@ -1,6 +1,6 @@
 """Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it.
 
-The verbs are functions: `inspect`, `calibrate`, `profile`. Each takes a hub id, a directory or a loaded model,
+The verbs are functions: `inspect`, `calibrate`, `profile`, `evaluate`. Each takes a hub id, a directory or a loaded model,
 and returns a frozen record whose `to_dict()` gives plain JSON values.
 """
 
@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from headscale.api import Loading, calibrate, inspect, profile
     from headscale.calibration import Choice
+    from headscale.collection import read_collection
+    from headscale.evaluation import evaluate
     from headscale.pooling import SpladeHead, max_logits, splade_pool
 
 _HOMES = {
@@ -20,9 +22,11 @@ _HOMES = {
     "Loading": "headscale.api",
     "SpladeHead": "headscale.pooling",
     "calibrate": "headscale.api",
+    "evaluate": "headscale.evaluation",
     "inspect": "headscale.api",
     "max_logits": "headscale.pooling",
     "profile": "headscale.api",
+    "read_collection": "headscale.collection",
     "splade_pool": "headscale.pooling",
 }
 
@@ -32,9 +36,11 @@ __all__ = [
     "SpladeHead",
     "__version__",
     "calibrate",
+    "evaluate",
     "inspect",
     "max_logits",
     "profile",
+    "read_collection",
     "splade_pool",
 ]
 

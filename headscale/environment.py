@@ -21,6 +21,8 @@ _PACKAGES = (
     "scipy",
     "pandas",
     "matplotlib",
+    "ir-measures",
+    "bm25s",
 )
 
 
