@@ -1,7 +1,7 @@
 """Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it.
 
-The verbs are functions: `inspect`, `calibrate`, `profile`, `evaluate`. Each takes a hub id, a directory or a loaded model,
-and returns a frozen record whose `to_dict()` gives plain JSON values.
+The verbs are functions: `inspect`, `calibrate`, `profile`, `evaluate`. Each takes a hub id, a directory or a loaded
+model, and returns a frozen record whose `to_dict()` gives plain JSON values.
 """
 
 from __future__ import annotations

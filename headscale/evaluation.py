@@ -129,8 +129,9 @@ def require_packages(setup: Setup) -> None:
     """Say that packages of the extra `eval` are missing before anything is computed."""
     require("ir_measures", "evaluation")
     if setup.bm25:
-        for package in ("bm25s", "Stemmer"):
-            require(package, "the BM25 row")
+        from headscale.bm25 import require_bm25
+
+        require_bm25()
 
 
 def summary(collection: Collection) -> CollectionSummary:
@@ -210,8 +211,8 @@ def _system(system: str, note: str, metrics: Mapping[str, Estimate | None], foun
 
 
 def _bm25(collection: Collection, setup: Setup, warnings: list[str]) -> tuple[SystemResult, list[Ranked]] | None:
+    from headscale.bm25 import NOTE, search_bm25
     from headscale.memory import available_memory
-    from headscale.search import BM25_NOTE, search_bm25
 
     needed, available = _BM25_RATIO * sum(map(len, collection.documents)), available_memory()
     if available is not None and needed > available:
@@ -220,7 +221,7 @@ def _bm25(collection: Collection, setup: Setup, warnings: list[str]) -> tuple[Sy
         )
         return None
     found = search_bm25(collection)
-    return _row(BM25, BM25_NOTE, per_query(collection, found.rankings), setup, found), found.rankings
+    return _row(BM25, NOTE, per_query(collection, found.rankings), setup, found), found.rankings
 
 
 def _chance(collection: Collection) -> SystemResult:

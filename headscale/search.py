@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headscale.collection import Collection
-from headscale.effectiveness import DEPTH, Ranked, require
+from headscale.effectiveness import DEPTH, Ranked
 from headscale.errors import MemoryForecastError
 from headscale.records import Sparsity
 
@@ -36,9 +35,6 @@ _DENSE_SHARE = 1 / 40
 _DENSE_ENTRIES = 2**23  # of documents written out at once, 64 MB
 _ENTRY_BYTES = 12  # a weight in double precision and its term's number
 _KEPT_BYTES = 40  # a document kept in a ranking, with what merging takes
-
-BM25_K1, BM25_B = 1.2, 0.75  # the defaults of Lucene, and those of the BM25 baseline of BEIR (arXiv 2104.08663)
-BM25_NOTE = f"bm25s, Lucene's variant, k1 {BM25_K1}, b {BM25_B}, English stop words and stemmer"
 
 
 # --- how sparse ---------------------------------------------------------------------------------------------------
@@ -275,7 +271,7 @@ def products(queries: Any, documents: Any) -> Array:
     return np.concatenate([left @ documents[i : i + step].toarray().T for i in starts], axis=1)
 
 
-# --- a model, and BM25 --------------------------------------------------------------------------------------------
+# --- a model -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -360,51 +356,3 @@ def check_memory(collection: Collection, active_dims: float) -> None:
             f" and {available / 2**30:.1f} GiB are free",
             "evaluate fewer queries, or a sparser model",
         )
-
-
-def search_bm25(collection: Collection, *, on_batch: Batches | None = None) -> Searched:
-    """Rank a collection with BM25, by bm25s.
-
-    Args:
-        collection: what is searched.
-        on_batch: called with (queries done, queries in all).
-    """
-    for package in ("bm25s", "Stemmer"):
-        require(package, "the BM25 row")
-    import bm25s
-
-    queries, documents = _words(collection.queries), _words(collection.documents)
-    index = bm25s.BM25(method="lucene", k1=BM25_K1, b=BM25_B)
-    if any(documents):
-        index.index(documents, show_progress=False)
-    rankings, everywhere = Rankings(collection), np.arange(len(documents))
-    for i, words in enumerate(queries):
-        known = index.get_tokens_ids(words) if any(documents) else []
-        if known:
-            rankings.add(i, index.get_scores_from_ids(known)[None, :].astype(np.float64), everywhere)
-        if on_batch:
-            on_batch(i + 1, len(queries))
-    numbers = {word: i for i, word in enumerate(dict.fromkeys(chain.from_iterable([*queries, *documents])))}
-    return Searched(rankings.ranked(), _word_tally(queries, numbers), _word_tally(documents, numbers))
-
-
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    import bm25s
-    import Stemmer
-
-    found: list[list[str]] = bm25s.tokenize(
-        list(texts), stopwords="en", stemmer=Stemmer.Stemmer("english"), return_ids=False, show_progress=False
-    )
-    return found
-
-
-def _word_tally(texts: Sequence[Sequence[str]], numbers: dict[str, int]) -> Tally:
-    """How many distinct words texts have; their weights depend on the collection and are not counted."""
-    from scipy.sparse import csr_array
-
-    tally = Tally(len(numbers), weighted=False)
-    distinct = [sorted({numbers[word] for word in text}) for text in texts]
-    terms = np.array([term for text in distinct for term in text], dtype=np.int64)
-    starts = np.cumsum([0, *map(len, distinct)])
-    tally.add(csr_array((np.ones(len(terms)), terms, starts), shape=(len(texts), len(numbers))))
-    return tally
