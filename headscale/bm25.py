@@ -11,7 +11,7 @@ from headscale.collection import Collection
 from headscale.effectiveness import require
 from headscale.search import Batches, Rankings, Searched, Tally
 
-K1, B = 1.2, 0.75  # the defaults of Lucene, and those of the BM25 baseline of BEIR (arXiv 2104.08663)
+K1, B = 1.2, 0.75  # the defaults of Lucene's BM25Similarity
 NOTE = f"bm25s, Lucene's variant, k1 {K1}, b {B}, English stop words and stemmer"
 _PACKAGES = ("bm25s", "Stemmer")
 
