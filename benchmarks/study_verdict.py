@@ -18,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import study_report  # noqa: E402
 from study_plan import stages  # noqa: E402
 
 from headscale import cells  # noqa: E402
@@ -28,7 +29,7 @@ from headscale.demo import DOCUMENT_LENGTH, FAILING, QUERY_LENGTH, REFERENCE  # 
 from headscale.grid import LocalProcesses, pending, row_of, sweep  # noqa: E402
 from headscale.inspection import measure, texts_of  # noqa: E402
 from headscale.profiles import Reference, profile_of  # noqa: E402
-from headscale.trial import Bench, TextSource, configuration_of  # noqa: E402
+from headscale.trial import Bench, TextSource, configuration_of, folder_of, identity_of  # noqa: E402
 
 DATA = HERE.parent / "reports" / "data"
 ROWS = DATA / "study.tsv"
@@ -54,7 +55,8 @@ def targets(bench: Bench) -> dict[str, Any]:
             for c in CEILINGS
         }
         output, curve = one.inspection.output, one.inspection.curve
-        assert output is not None and curve is not None
+        assert output is not None
+        assert curve is not None
         found[name] = {
             "weights": one.inspection.weights.to_dict(),
             "calibration": {"match": chosen.match, "reason": chosen.match_reason, "scale": chosen.scale},
@@ -103,14 +105,22 @@ def write_rows(planned: dict[str, list[dict[str, Any]]], run: Path) -> None:
             writer = csv.DictWriter(file, kept[0].keys(), delimiter="\t", lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
+    folders = {
+        cells.cell_key(one): folder_of(one, run)
+        for stage in planned.values()
+        for one in stage
+        if cells.finished(folder_of(one, run), one) is not None
+    }
+    study_report.write_steps(folders)
 
 
 def run_study(run: Path, workers: int, stop_after: float) -> None:
     """Run what is missing, in order; rows are written again after every ten cells."""
     bench = Bench(lambda sentence: print(sentence, file=sys.stderr))
     DATA.mkdir(parents=True, exist_ok=True)
-    if not TARGETS.is_file():
-        cells.write_json(TARGETS, targets(bench))
+    identities = {name: identity_of(name) for name in (REFERENCE, FAILING)}
+    if not TARGETS.is_file() or json.loads(TARGETS.read_text())["identities"] != identities:
+        cells.write_json(TARGETS, {**targets(bench), "identities": identities})
     planned = plan(bench)
     everything = [one for stage in planned.values() for one in stage]
     todo = pending(everything, run)
@@ -119,12 +129,11 @@ def run_study(run: Path, workers: int, stop_after: float) -> None:
     for done, outcome in enumerate(sweep(todo, run, executor=LocalProcesses(workers, threads=1)), start=1):
         row = row_of(outcome.configuration, run)
         elapsed = time.monotonic() - started
+        name = f"{row.backbone} a={row.scale:.4g} {row.mode} x{row.head_lr_multiplier:g} lr={row.lr:g} seed={row.seed}"
+        end = f"loss {row.loss_start} -> {row.loss_end}, dims {row.active_dims_document}, MRR {row.mrr_test}"
         print(
-            f"{done}/{len(todo)} {elapsed:.0f}s {row.backbone} a={row.scale:.4g} {row.mode} x{row.head_lr_multiplier:g} "
-            f"lr={row.lr:g} T={row.temperature:.4g} seed={row.seed}: {row.status} loss {row.loss_start} -> {row.loss_end} "
-            f"dims {row.active_dims_document} MRR {row.mrr_dev} / {row.mrr_test} {row.verdict} {row.message}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            f"{done}/{len(todo)} {elapsed:.0f}s {name}: {row.status}, {end} {row.message}", file=sys.stderr, flush=True
+        )
         if done % 10 == 0:
             write_rows(planned, run)
         if elapsed > stop_after:
@@ -144,8 +153,6 @@ def main() -> None:
     elif options.command == "rows":
         write_rows(plan(Bench()), options.run)
     else:
-        import study_report
-
         getattr(study_report, options.command)(options.run)
 
 
