@@ -281,7 +281,7 @@ LAYOUTS: dict[str, Layout] = {
 # What transformers 4 binds and transformers 5 does not: the matrix of LUKE, the bias of Reformer.
 _IN_TRANSFORMERS_4: dict[str, dict[str, Any]] = {
     "luke": {"embedding": "luke.embeddings.word_embeddings.weight"},
-    "reformer": {"biases": ("lm_head.bias", "lm_head.decoder.bias"), "dormant": ()},
+    "reformer": {"biases": ("lm_head.bias",), "dormant": ()},
 }
 
 _DEBERTA_TYPES = ("deberta", "deberta-v2")
