@@ -1,0 +1,333 @@
+"""The commands that train and evaluate: `trial`, `sweep`, `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headscale.errors import HeadscaleError, UsageError
+from headscale.options import (
+    RUN_FOLDER,
+    BatchSize,
+    Candidates,
+    Compressed,
+    Debug,
+    DocumentLength,
+    Force,
+    Horizon,
+    Json,
+    LambdaDocument,
+    LambdaQuery,
+    LearningRate,
+    MicroBatch,
+    Negatives,
+    Output,
+    PairFile,
+    Precision,
+    QueryLength,
+    Quiet,
+    Recipe,
+    Ref,
+    Revision,
+    Run,
+    Steps,
+    Temperature,
+    TestPairs,
+    TrainDevice,
+    TrainDocumentLength,
+    TrainQueryLength,
+    Trust,
+)
+from headscale.render import Voice
+from headscale.shell import app, attempt, begin, loading_with, watched
+
+
+@app.command()
+def trial(
+    backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="A hub id, a directory or bundled:NAME.")],
+    scale: Annotated[str, typer.Option(metavar="SCALE", help="auto, none, or a constant: 0.0625 or 1/16.")] = "auto",
+    reference: Ref = "bert-base-uncased",
+    mode: Annotated[str, typer.Option(help="untie, fold or logits.", metavar="MODE")] = "untie",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm, paired.")] = 1,
+    control: Annotated[bool, typer.Option("--control/--no-control", help="Also train the untouched head.")] = True,
+    full_length: Annotated[bool, typer.Option("--full-length", help="Go on when the verdict is certain.")] = False,
+    recipe: Recipe = "st-mnrl",
+    steps: Steps = None,
+    horizon: Horizon = None,
+    compressed: Compressed = False,
+    lr: LearningRate = None,
+    head_lr_multiplier: Annotated[
+        float | None, typer.Option(help="Of the untied head's learning rate; by default the calibrated one.")
+    ] = None,
+    temperature: Temperature = None,
+    lambda_query: LambdaQuery = None,
+    lambda_document: LambdaDocument = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    negatives: Negatives = 0,
+    query_length: TrainQueryLength = None,
+    document_length: TrainDocumentLength = None,
+    precision: Precision = "fp32",
+    device: TrainDevice = "auto",
+    pairs: PairFile = None,
+    test_pairs: TestPairs = None,
+    candidates: Candidates = 500,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    output: Output = None,
+    run_folder: Run = RUN_FOLDER,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train the first steps of a full run, calibrated and untouched side by side, and say whether it would train."""
+    voice = begin(f"a trial of {backbone}", quiet, debug, run_folder)
+    from headscale.render import TRIAL_COLUMNS, show, write_document
+    from headscale.trial import (
+        Bench,
+        TextSource,
+        arms_of,
+        calibrated,
+        configuration_of,
+        lean,
+        planned,
+        result_of,
+        run_cell,
+        shown_steps,
+    )
+
+    changes = _changes(locals())
+    source = TextSource(_name(pairs), _name(test_pairs), candidates=candidates)
+    training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
+    given = None if scale in ("auto", "none") else _constant(scale, "--scale")
+    arms_of(training, given or 1.0, mode=mode)  # refuses what cannot be taken before anything is loaded
+    bench = Bench(voice.note)
+    bench.backbone(backbone, revision, trust_remote_code=trust_remote_code)
+    corpus = bench.corpus(source)
+    multiplier = head_lr_multiplier
+    if scale == "auto":
+        with voice.progress(f"calibrating {backbone}"):
+            found = calibrated(backbone, bench, corpus, training, reference)
+        given, multiplier = found.scale, multiplier or found.head_lr_multiplier
+        voice.note(f"the constant is {given:g}, by {found.match}: {found.match_reason}")
+    arms = arms_of(
+        training, given, mode=mode, head_lr_multiplier=multiplier or 1.0,
+        name="calibrated" if scale == "auto" else "given", control=control,
+    )  # fmt: skip
+    _announce(training, voice)
+    cells: dict[str, list[Any]] = {arm.name: [] for arm in arms}
+    for seed in range(seeds):
+        for arm in arms:
+            configuration = configuration_of(
+                backbone, arm.training.replace(seed=seed), source, corpus, revision=revision,
+                trust_remote_code=trust_remote_code, stop_early=not full_length,
+            )  # fmt: skip
+            with voice.progress(f"{arm.name}, seed {seed}") as bar:
+                watch = shown_steps(bar, training.steps)
+                cells[arm.name].append(run_cell(configuration, run_folder, bench=bench, on_step=watch, force=force))
+    results = [result_of(backbone, arm, cells[arm.name]) for arm in arms]
+    for result in results:
+        _judged(result, voice)
+    if as_json:
+        write_document("trial", [lean(r) for r in results], voice.errors or [])
+    else:
+        show(results, TRIAL_COLUMNS)
+    if output is not None:
+        write_document("trial", [lean(r) for r in results], voice.errors or [], output)
+    raise typer.Exit(int(results[0].verdict.word != "stable"))
+
+
+@app.command()
+def sweep(
+    backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="Hub ids, directories, bundled:NAME.")],
+    scales: Annotated[str, typer.Option(metavar="LIST", help="Constants: auto, none, 1/16, 0.25.")] = "auto,none",
+    reference: Ref = "bert-base-uncased",
+    modes: Annotated[str, typer.Option(metavar="LIST", help="Of untie, fold, logits.")] = "untie",
+    head_lr_multipliers: Annotated[str, typer.Option(metavar="LIST", help="Of the untied head.")] = "1",
+    lrs: Annotated[str, typer.Option(metavar="LIST", help="Learning rates; by default the recipe's.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every cell: 0 to N-1.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
+    recipe: Recipe = "st-mnrl",
+    steps: Steps = None,
+    horizon: Horizon = None,
+    compressed: Compressed = False,
+    temperature: Temperature = None,
+    lambda_query: LambdaQuery = None,
+    lambda_document: LambdaDocument = None,
+    batch_size: BatchSize = None,
+    micro_batch: MicroBatch = None,
+    negatives: Negatives = 0,
+    query_length: TrainQueryLength = None,
+    document_length: TrainDocumentLength = None,
+    precision: Precision = "fp32",
+    device: TrainDevice = "auto",
+    pairs: PairFile = None,
+    test_pairs: TestPairs = None,
+    candidates: Candidates = 500,
+    trust_remote_code: Trust = False,
+    output: Output = None,
+    run_folder: Run = RUN_FOLDER,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train backbones x constants x modes x learning rates x seeds as independent, resumable cells."""
+    voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
+    from headscale import grid
+    from headscale.render import SWEEP_COLUMNS, show, write_document
+    from headscale.trial import Bench, TextSource, calibrated, configuration_of, planned
+
+    changes = _changes(locals())
+    source = TextSource(_name(pairs), _name(test_pairs), candidates=candidates)
+    training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
+    axes = grid.Axes(
+        scales=(), modes=_listed(modes, "--modes"), seeds=tuple(range(seeds)),
+        head_lr_multipliers=tuple(_constant(m, "--head-lr-multipliers") for m in _listed(head_lr_multipliers)),
+        lrs=tuple(_constant(value, "--lrs") for value in _listed(lrs)),
+    )  # fmt: skip
+    axes.check()
+    wanted = [s if s in ("auto", "none") else _constant(s, "--scales") for s in _listed(scales, "--scales")]
+    bench = Bench(voice.note)
+    corpus = bench.corpus(source)
+    plan: list[dict[str, Any]] = []
+    for name in backbones:
+
+        def scaled(name: str = name) -> tuple[float | None, ...]:
+            auto = calibrated(name, bench, corpus, training, reference).scale if "auto" in wanted else None
+            values = {"auto": auto, "none": None}
+            return tuple(values[w] if isinstance(w, str) else w for w in wanted)
+
+        def planned_cells(name: str = name) -> list[dict[str, Any]]:
+            own = axes.with_scales(scaled(name)).trainings(training)
+            return [configuration_of(name, one, source, corpus, trust_remote_code=trust_remote_code) for one in own]
+
+        plan += attempt(planned_cells, voice, name) or []
+    executor = grid.LocalProcesses(workers, threads) if workers else grid.InProcess(bench)
+    todo = len(plan) if force else len(grid.pending(plan, run_folder))
+    voice.note(f"{len(plan)} cells, {len(plan) - todo} of them finished already (`{run_folder}`)")
+    failures = 0
+    with voice.progress("sweep") as bar:
+        for done, outcome in enumerate(grid.sweep(plan, run_folder, executor=executor, force=force), start=1):
+            if outcome.status != "done":
+                failures += 1
+                voice.error(HeadscaleError(outcome.message, outcome.hint), outcome.configuration["backbone"])
+            bar(done, todo, f"{failures} failed" if failures else "")
+    rows = [grid.row_of(one, run_folder) for one in plan]
+    if as_json:
+        write_document("sweep", rows, voice.errors or [])
+    elif rows:
+        show(rows, SWEEP_COLUMNS)
+    if output is not None:
+        write_document("sweep", rows, voice.errors or [], output)
+    raise typer.Exit(1 if failures else 3 if voice.errors else 0)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory or bundled:NAME.")],
+    collection: Annotated[
+        Path | None, typer.Option("--collection", metavar="DIR", help="In BEIR layout; by default built-in docstrings.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which judgements: DIR/qrels/SPLIT.tsv.")] = "test",
+    query_length: QueryLength = 256,
+    document_length: DocumentLength = 256,
+    mask_special_tokens: Annotated[
+        bool, typer.Option("--mask-special-tokens", help="Leave special tokens out of the pooling.")
+    ] = False,
+    bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Add a row for BM25.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts encoded at once.")] = 32,
+    resamples: Annotated[int, typer.Option(min=1000, help="Of the queries, for the intervals.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    device: TrainDevice = "auto",
+    output: Output = None,
+    run_folder: Run = RUN_FOLDER,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure retrieval effectiveness and sparsity on a collection, beside BM25 and chance."""
+    voice = begin(f"evaluating {model}", quiet, debug, run_folder)
+    if collection is None and split != "test":
+        raise UsageError(f"`--split {split}` needs `--collection DIR`", "the built-in collection has `test` alone")
+    from headscale.collection import read_collection
+    from headscale.evaluation import Setup, built_in, evaluate_in_run, require_packages
+    from headscale.render import EVALUATE_COLUMNS, show, system_rows, write_document
+
+    setup = Setup(query_length, document_length, batch_size, mask_special_tokens, bm25, resamples, seed)
+    require_packages(setup)
+    chosen = None if collection is None else read_collection(collection, split)
+    from headscale.device import choose_device
+
+    place = choose_device(device)
+    loading = loading_with(voice, revision, trust_remote_code, place.name, False)
+    chosen = chosen or built_in(loading)
+    voice.note(f"{len(chosen.queries)} queries, {len(chosen.documents)} documents ({chosen.name}) on {place.reason}")
+    with voice.progress(f"encoding with {model}") as bar:
+        found = evaluate_in_run(model, chosen, run_folder, setup=setup, force=force, loading=watched(loading, bar))
+    for warning in found.warnings:
+        voice.warn(f"{model}: {warning}")
+    if as_json:
+        write_document("evaluate", [found], voice.errors or [])
+    else:
+        show(system_rows([found]), EVALUATE_COLUMNS)
+    if output is not None:
+        write_document("evaluate", [found], voice.errors or [], output)
+
+
+def _changes(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe that options set."""
+    names = ("lr", "temperature", "lambda_query", "lambda_document", "batch_size", "micro_batch", "negatives",
+             "query_length", "document_length", "precision", "device")  # fmt: skip
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _name(file: Path | None) -> str | None:
+    return None if file is None else str(file)
+
+
+def _listed(text: str, option: str = "") -> tuple[str, ...]:
+    """The parts of a comma-separated option; one that must not be empty is named."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if option and not parts:
+        raise UsageError(f"`{option}` is empty", "give values separated by commas")
+    return parts
+
+
+def _constant(text: str, option: str) -> float:
+    """A number above zero, also written as a fraction: 1/16."""
+    import math
+    from fractions import Fraction
+
+    try:
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UsageError(f"`{option} {text}` is not a number above zero", "write it as 0.0625 or 1/16")
+    return value
+
+
+def _announce(training: Any, voice: Voice) -> None:
+    from headscale.device import choose_device
+    from headscale.verdict import Clock
+
+    choice = choose_device(training.device, precision=training.precision)
+    share = Clock(training).share(training.steps)
+    kind = "a whole schedule in" if training.compressed else f"of {training.horizon:,} steps, the first"
+    voice.note(f"{kind} {training.steps:,}: {share:.0%} of the summed learning rate")
+    voice.note(f"device {choice.name}: {choice.reason}")
+
+
+def _judged(result: Any, voice: Voice) -> None:
+    verdict = result.verdict
+    when = f"decided after {verdict.step} steps, {verdict.lr_share:.0%} of the summed learning rate"
+    limit = "" if verdict.threshold is None else f", threshold {verdict.threshold:.3g}"
+    voice.note(f"{result.arm}: {verdict.word}: {verdict.evidence} (rule `{verdict.rule}`{limit}; {when})")
