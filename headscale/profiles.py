@@ -187,14 +187,18 @@ def _spare(texts: TextSettings | None, *, measure: Callable[[str, bool], Inspect
 
 def _is_here(name: str) -> bool:
     """Whether the whole checkpoint is on this machine already."""
-    if name.startswith("bundled:") or Path(name).expanduser().exists():
-        return True
+    return name.startswith("bundled:") or Path(name).expanduser().exists() or _cached_commit(name) is not None
+
+
+def _cached_commit(name: str) -> str | None:
+    """The commit of a hub id that is in the hub cache with all its weights."""
     from headscale.hub import cached_snapshot
 
     try:
-        return cached_snapshot(name) is not None
+        found = cached_snapshot(name)
     except HeadscaleError:
-        return False
+        return None
+    return None if found is None else found[1]
 
 
 def _cache_folder() -> Path:
@@ -204,13 +208,15 @@ def _cache_folder() -> Path:
 
 
 def _key(name: str, texts: TextSettings | None) -> str:
-    """Changes with the texts, the version, and the files of a directory, which may change under its name."""
+    """Changes with the texts, the version, and what the name stands for: files may change under it, or a commit."""
     from headscale import bundled
 
     path = bundled.path(name) if bundled.is_bundled(name) else Path(name).expanduser()
     identity: list[Any] = [name, None if texts is None else texts.to_dict(), __version__]
-    if path.is_dir():
-        below = [*path.glob("*"), *path.glob("*/*")]  # a sentence-transformers folder keeps the model one level down
+    if path.exists():
+        below = [path, *path.glob("*"), *path.glob("*/*")]  # a sentence-transformers folder has the model a level down
         stamps = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in below if f.is_file())
         identity += [str(path.resolve()), stamps]
+    else:
+        identity.append(_cached_commit(name))
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
