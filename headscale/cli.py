@@ -108,7 +108,10 @@ def demo(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show the whole story on the bundled backbones: offline, on a CPU, in minutes."""
+    """Show the whole story, offline.
+
+    Inspect, calibrate and train the bundled backbones on a CPU, in minutes.
+    """
     voice = begin("the demo: inspect, calibrate and train the two bundled backbones", quiet, debug, output)
     from headscale.demo import run_demo
 
@@ -117,7 +120,10 @@ def demo(
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Print versions, device, cache and threads, for bug reports."""
+    """Print versions and device.
+
+    With cache folder and threads, for bug reports.
+    """
     from headscale.environment import describe
     from headscale.render import full
 

@@ -57,7 +57,10 @@ def inspect(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure MLM-head norms and output statistics against a reference."""
+    """Measure MLM-head norms and outputs.
+
+    Statistics of the weights and of the pooled outputs, against a reference, with a verdict.
+    """
     voice = begin(f"inspecting {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale.api import find_reference, inspect_in_run
     from headscale.render import INSPECT_COLUMNS, inspect_rows, show, write_document
@@ -138,7 +141,10 @@ def calibrate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Pick the rescale constant that matches a reference, and write the drop-in checkpoint."""
+    """Choose the constant, write the checkpoint.
+
+    Every way of matching the reference side by side; `--save DIR` writes the drop-in checkpoint and proves it.
+    """
     voice = begin("calibrating", quiet, debug, run_folder)
     from headscale.api import calibrate_in_run, find_reference
     from headscale.calibration import Choice
@@ -203,7 +209,10 @@ def profile(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Keep a reference's statistics as a small file, usable as `--reference`."""
+    """Keep a reference's statistics as a file.
+
+    The file can be given as `--reference`.
+    """
     voice = begin(f"measuring {backbone}", quiet, debug, None)
     if output.suffix != ".json":
         raise UsageError(f"`{output}` does not end in `.json`", hint=f"use `-o {output.with_suffix('.json')}`")

@@ -146,10 +146,7 @@ def ranking_loss(
         )
     own = own_scores(queries, documents, negatives)
     teacher = teacher.to(own)
-    if loss == "margin-mse":
-        value = margin_mse(own, teacher)
-    else:
-        value = kl_distillation(own, teacher, temperature=temperature)
+    value = margin_mse(own, teacher) if loss == "margin-mse" else kl_distillation(own, teacher, temperature=temperature)
     with torch.no_grad():
         scores = candidate_scores(queries, documents, negatives, shared=shared_negatives)
     return Ranking(value, scores)

@@ -83,7 +83,10 @@ def trial(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train the first steps of a full run, calibrated and untouched side by side, and say whether it would train."""
+    """Train the first steps, give a verdict.
+
+    Calibrated and untouched head side by side, as the first steps of a full run: would it train?
+    """
     voice = begin(f"a trial of {backbone}", quiet, debug, run_folder)
     from headscale.render import TRIAL_COLUMNS, show, write_document
     from headscale.trial import (
@@ -176,7 +179,10 @@ def sweep(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train backbones x constants x modes x learning rates x seeds as independent, resumable cells."""
+    """Train a grid of cells, resumable.
+
+    Backbones x constants x modes x learning rates x seeds, each an independent cell.
+    """
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
     from headscale.render import SWEEP_COLUMNS, show, write_document
@@ -253,7 +259,10 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure retrieval effectiveness and sparsity on a collection, beside BM25 and chance."""
+    """Measure effectiveness and sparsity.
+
+    On a collection in BEIR layout or the built-in one, beside BM25 and chance.
+    """
     voice = begin(f"evaluating {model}", quiet, debug, run_folder)
     if collection is None and split != "test":
         raise UsageError(f"`--split {split}` needs `--collection DIR`", "the built-in collection has `test` alone")
