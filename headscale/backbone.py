@@ -91,7 +91,7 @@ def load_backbone(
         known = layout_for(checkpoint.config) is not None
         stored = read_head(checkpoint) if known else None
         directory = local_copy(checkpoint, on_progress=on_progress)
-        model = _model(checkpoint, directory, trust_remote_code, stored)
+        model, random = _model(checkpoint, directory, trust_remote_code, stored)
         loaded = load_head(model.to(device))
         return Backbone(
             name=str(name),
@@ -100,7 +100,7 @@ def load_backbone(
             revision=checkpoint.revision,
             directory=directory,
             stored=stored,
-            warnings=list(stored.warnings) if stored else [],
+            warnings=[*(stored.warnings if stored else ()), *random],
         )
 
 
@@ -118,7 +118,10 @@ def handed_over(model: Any, tokenizer: Any, name: str | None = None) -> Backbone
     return Backbone(name=title, loaded=load_head(model), tokenizer=tokenizer)
 
 
-def _model(checkpoint: Checkpoint, directory: Path, trust_remote_code: bool, stored: StoredHead | None) -> Any:
+def _model(
+    checkpoint: Checkpoint, directory: Path, trust_remote_code: bool, stored: StoredHead | None
+) -> tuple[Any, list[str]]:
+    """The model in evaluation mode, and what of its encoder the loader had to make up, in a sentence."""
     import torch
     import transformers
 
@@ -142,21 +145,27 @@ def _model(checkpoint: Checkpoint, directory: Path, trust_remote_code: bool, sto
             f"transformers cannot load `{checkpoint.name}`: {first_line(error)}",
             hint="check that the checkpoint is complete and that this transformers knows its model type",
         ) from error
-    if stored is None:
-        _refuse_random_head(checkpoint, model, info)
-    return model.eval()
+    made_up = sorted(key for key in info["missing_keys"] if key.endswith("weight"))
+    inside = [key for key in made_up if key.startswith(f"{model.base_model_prefix}.")]
+    if stored is None and len(inside) < len(made_up):
+        _refuse_random_head(checkpoint, [key for key in made_up if key not in inside])
+    return model.eval(), [_random_encoder(inside)] if inside else []
 
 
-def _refuse_random_head(checkpoint: Checkpoint, model: Any, info: Any) -> None:
+def _refuse_random_head(checkpoint: Checkpoint, missing: list[str]) -> None:
     """For a layout not known on disk: nothing outside the backbone may have been initialised by the loader."""
-    prefix = f"{model.base_model_prefix}."
-    missing = sorted(k for k in info["missing_keys"] if not k.startswith(prefix) and k.endswith("weight"))
-    if missing:
-        names = ", ".join(f"`{m}`" for m in missing[:4])
-        raise NoHeadError(
-            f"`{checkpoint.name}` carries no trained MLM head: {names} would be initialised at random",
-            hint="give the checkpoint of the masked language model it was made from",
-        )
+    names = ", ".join(f"`{m}`" for m in missing[:4])
+    raise NoHeadError(
+        f"`{checkpoint.name}` carries no trained MLM head: {names} would be initialised at random",
+        hint="give the checkpoint of the masked language model it was made from",
+    )
+
+
+def _random_encoder(missing: list[str]) -> str:
+    return (
+        f"{len(missing)} tensors of the encoder are not in the checkpoint, among them `{missing[0]}`: they were "
+        "initialised at random, and what is measured of the outputs is worth as much"
+    )
 
 
 def _tokenizer(checkpoint: Checkpoint, directory: Path, trust_remote_code: bool) -> Any:
