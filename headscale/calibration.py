@@ -42,6 +42,9 @@ WIDTH_EXPONENT = -0.25  # what scaling-retriever and v-splade multiply logits by
 MATCH_FACTOR = 2.0
 # Norm matching is trusted while it agrees with the outputs within this factor.
 AGREEMENT_FACTOR = 2.0
+# Better than 1 at every constant from 1/4 to 1/256 of the failing bundled backbone, and two to four times sparser
+# (reports/study.md: tiny backbones, lr 3e-4, the only value tried beside 1).
+HEAD_LR_MULTIPLIER = 4.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Choice:
         snap: round to a power of two, exact in every dtype.
         scale_bias: scale the bias with the matrix.
         shift: also move the bias so that the reference's share of active dims is met.
-        head_lr_multiplier: of the head's learning rate, carried with the constant.
+        head_lr_multiplier: of the untied head's learning rate, carried with the constant; None: `HEAD_LR_MULTIPLIER`
+            where the constant shrinks the head, else 1.
     """
 
     match: str = "auto"
@@ -70,7 +74,7 @@ class Choice:
     snap: bool = True
     scale_bias: bool = True
     shift: bool = False
-    head_lr_multiplier: float = 1.0
+    head_lr_multiplier: float | None = None
 
     def __post_init__(self) -> None:
         options = {"match": ("auto", *MATCHES), "norm": NORMS, "activation": ACTIVATIONS, "score": SCORES}
@@ -80,6 +84,7 @@ class Choice:
             if getattr(self, name) not in known
         ]
         numbers = {name: getattr(self, name) for name in ("k", "ceiling", "head_lr_multiplier")}
+        numbers = {name: value for name, value in numbers.items() if value is not None}
         wrong += [
             f"`--{name.replace('_', '-')} {value}` is not a number above zero"
             for name, value in numbers.items()
@@ -117,6 +122,9 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
     match, reason, disagreement = _pick(targets, choice, solver.curve.scale[-1])
     chosen = next(t for t in targets if t.name == match)
     scale = _written(chosen, choice.snap)
+    if scale is not None and scale > 1 and choice.match == "auto" and match == "loss":
+        scale, reason = 1.0, "the loss is within its ceiling untouched, so the head is left as it is"
+    multiplier = _multiplier(choice, scale)
     shift = 0.0 if scale is None else solver.shift(scale)
     after = None
     if scale is not None:
@@ -129,7 +137,7 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
         match=match,
         match_reason=reason,
         scale=scale,
-        head_lr_multiplier=choice.head_lr_multiplier,
+        head_lr_multiplier=multiplier,
         scale_bias=choice.scale_bias,
         shift=shift,
         snapped=choice.snap and match != "constant",
@@ -141,9 +149,15 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
         after=after,
         lambda_advice=_lambda_advice(inspection.output, after),
         verdict=_verdict(chosen, scale, solver, choice),
-        advice=() if scale is None else tuple(advice(scale, choice.head_lr_multiplier, inspection.head)),
+        advice=() if scale is None else tuple(advice(scale, multiplier, inspection.head)),
         warnings=(*inspection.warnings, *_text_warning(inspection.texts, profile)),
     )
+
+
+def _multiplier(choice: Choice, scale: float | None) -> float:
+    if choice.head_lr_multiplier is not None:
+        return choice.head_lr_multiplier
+    return HEAD_LR_MULTIPLIER if scale is not None and scale < 1 else 1.0
 
 
 def _token_names(measured: Measured) -> Callable[[int], str]:

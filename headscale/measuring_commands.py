@@ -114,15 +114,15 @@ def calibrate(
     activation: Annotated[str, typer.Option(help="What `activation` matches.", metavar="STATISTIC")] = "mean_weight",
     score: Annotated[str, typer.Option(help="What `score` matches.", metavar="STATISTIC")] = "score_sd",
     k: Annotated[float, typer.Option("--k", help="The constant is 1/K with `--match constant`.")] = 16.0,
-    ceiling: Annotated[float, typer.Option(help="c of `loss`: the largest a with L(a) <= c ln N.")] = 1.25,
+    ceiling: Annotated[float, typer.Option(help="c of `loss`: the largest a with L(a) <= c ln N.")] = 4.0,
     snap: Annotated[bool, typer.Option("--snap/--no-snap", help="Round the constant to a power of two.")] = True,
     scale_bias: Annotated[bool, typer.Option("--scale-bias/--no-scale-bias", help="Scale the bias too.")] = True,
     shift: Annotated[
         bool, typer.Option("--shift", help="Also move the bias to the reference's share of active dims.")
     ] = False,
     head_lr_multiplier: Annotated[
-        float, typer.Option(min=0.0, help="Of the head's learning rate; stored as advice.")
-    ] = 1.0,
+        float | None, typer.Option(help="Of the head's learning rate, stored as advice; 4 where the head shrinks.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the drop-in checkpoint, proven.")] = None,
     mode: Annotated[str, typer.Option(help="untie, fold or auto.", metavar="MODE")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DIR.")] = False,

@@ -15,8 +15,9 @@ from tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
 from headscale.activations import Encoding, Observation, observe, output_statistics
 from headscale.backbone import handed_over
-from headscale.calibration import ACTIVATIONS, MATCHES, NORMS, SCORES, Choice, advice, choose
+from headscale.calibration import ACTIVATIONS, HEAD_LR_MULTIPLIER, MATCHES, NORMS, SCORES, Choice, advice, choose
 from headscale.constants import nearest_power_of_two, power_of_two_below, ratio_text
+from headscale.diagnosis import LOSS_CEILING
 from headscale.errors import UnsupportedHeadError, UsageError
 from headscale.head import load_head
 from headscale.inspection import CURVE_SCALES, Measured, measure, texts_of
@@ -191,7 +192,7 @@ def test_what_is_rounded_and_how(large: Measured, other: Profile) -> None:
     for row in found.targets:
         rule = power_of_two_below if row.name == "loss" else nearest_power_of_two
         assert row.snapped == rule(row.scale)
-    assert oracle(large.seen, target(found, "loss").snapped)["loss_over_ln_n"] <= 1.25
+    assert oracle(large.seen, target(found, "loss").snapped)["loss_over_ln_n"] <= LOSS_CEILING
 
 
 @pytest.mark.parametrize("snap", [True, False])
@@ -395,10 +396,10 @@ def test_disagreement_is_put_into_words(large: Measured, other: Profile) -> None
 def test_no_word_where_they_agree() -> None:
     model = calmed(tiny_model("bert"), 1.5)
     again = measured(model)
-    loss = target(choose(again, reference(profile_of(again.inspection))), "loss").scale
+    loss = target(choose(again, reference(profile_of(again.inspection)), Choice(ceiling=1.25)), "loss").scale
     rescale_(model, loss, mode="untie")
     small = measured(model)
-    found = choose(small, reference(profile_of(small.inspection)))
+    found = choose(small, reference(profile_of(small.inspection)), Choice(ceiling=1.25))
     assert found.disagreement == ""
     assert (found.match, found.scale, found.verdict.word) == ("norm", 1.0, "matched")
 
@@ -533,3 +534,21 @@ def test_everything_wrong_is_said_at_once() -> None:
 def test_numbers_that_no_constant_comes_from(name: str, value: float) -> None:
     with pytest.raises(UsageError, match="is not a number above zero"):
         Choice(**{name: value})
+
+
+def test_a_healthy_head_is_left_as_it_is() -> None:
+    """Whatever the norms say: a loss within its ceiling is no reason to scale up, nor to change the head's step."""
+    small = measured(calmed(tiny_model("bert"), 0.2))
+    goal = replace(small.inspection.weights, frobenius=100 * small.inspection.weights.frobenius)
+    found = choose(small, reference(replace(profile_of(small.inspection), weights=goal)))
+    assert target(found, "loss").scale > 1
+    assert (found.match, found.scale, found.head_lr_multiplier) == ("loss", 1.0, 1.0)
+    assert "left as it is" in found.match_reason
+
+
+def test_a_shrunk_head_comes_with_its_learning_rate() -> None:
+    large = measured(tiny_model("bert"))
+    own = reference(profile_of(large.inspection))
+    assert choose(large, own, Choice("constant", k=16)).head_lr_multiplier == HEAD_LR_MULTIPLIER
+    assert choose(large, own, Choice("constant", k=0.5)).head_lr_multiplier == 1.0
+    assert choose(large, own, Choice("constant", k=16, head_lr_multiplier=2.5)).head_lr_multiplier == 2.5
