@@ -131,11 +131,22 @@ def prefix(cell: Cell, share: float) -> tuple[StepRecord, ...]:
     return cell.steps[: Clock(cell.config).steps_for(share)]
 
 
+_MEANS: dict[tuple[str, float], dict[str, float]] = {}
+
+
+def means_at(cell: Cell, share: float) -> dict[str, float]:
+    """The means of a cell's last steps at a share of the summed learning rate."""
+    key = (cell.row.key, share)
+    if key not in _MEANS:
+        _MEANS[key] = means(prefix(cell, share))
+    return _MEANS[key]
+
+
 def fitted(rules: Rules, cells: Sequence[Cell], share: float) -> tuple[Rules, tuple[Split, ...]]:
     """The forecast fitted at a share, and what tells dense and degraded runs, at `settle_share`."""
     rules = replace(rules, decide_share=share)
-    rules, splits = fit(rules, [means(prefix(c, share)) for c in cells], [c.label for c in cells])
-    late = [(c, means(prefix(c, rules.settle_share))) for c in cells if c.label not in FAILED]
+    rules, splits = fit(rules, [means_at(c, share) for c in cells], [c.label for c in cells])
+    late = [(c, means_at(c, rules.settle_share)) for c in cells if c.label not in FAILED]
     dims = {
         kind: [m["active_dims_document"] / (c.row.vocab_size or 1) for c, m in late if (c.label == "dense") == kind]
         for kind in (True, False)
@@ -167,13 +178,17 @@ def held_out(cells: Sequence[Cell], folds: Sequence[tuple[str, Part, Part]], sha
     parts = {}
     for name, fit_on, judge_on in folds:
         known, unseen = [c for c in cells if fit_on(c)], [c for c in cells if judge_on(c)]
-        if not unseen or len({c.label in FAILED for c in known}) < 2:
+        if not unseen or not known:
             continue
         rules, _ = fitted(RULES, known, share)
         own = [(c.label, verdict(c, rules, at)) for c in unseen]
         pairs += own
         parts[name] = {"fitted_on": len(known), "rules": rules.to_dict(), **_scored(score(own))}
     return {"together": _scored(score(pairs)), "folds": parts}
+
+
+def _without_folds(found: dict[str, Any]) -> dict[str, Any]:
+    return {"together": found["together"]}
 
 
 def _scored(found: Score) -> dict[str, Any]:
@@ -202,7 +217,19 @@ BY_BACKBONE: tuple[tuple[str, Part, Part], ...] = (
 BY_SEED: tuple[tuple[str, Part, Part], ...] = (
     ("fitted on seed 0, judged on seeds 1 and 2", lambda c: c.row.seed == 0, lambda c: c.row.seed > 0),
 )
+BY_RATE: tuple[tuple[str, Part, Part], ...] = (
+    ("fitted at lr 3e-4, judged at 1e-4 and 1e-3", lambda c: c.row.lr == LR, lambda c: c.row.lr != LR),
+)
 ALL: tuple[tuple[str, Part, Part], ...] = (("fitted and judged on all", lambda c: True, lambda c: True),)
+
+
+def by_point(cells: Sequence[Cell]) -> tuple[tuple[str, Part, Part], ...]:
+    """Every point of the grid judged by rules that saw none of its seeds."""
+
+    def fold(name: str) -> tuple[str, Part, Part]:
+        return name, lambda c: describe(c) != name, lambda c: describe(c) == name
+
+    return tuple(fold(name) for name in dict.fromkeys(describe(c) for c in cells))
 
 
 def judged(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -215,6 +242,8 @@ def judged(cells: Sequence[Cell]) -> dict[str, Any]:
         "splits": [vars(s) for s in splits],
         "by_backbone": {f"{s:.2f}": held_out(cells, BY_BACKBONE, s, s) for s in SHARES},
         "by_seed": {f"{s:.2f}": held_out(cells, BY_SEED, s, s) for s in SHARES},
+        "by_rate": {f"{s:.2f}": held_out(cells, BY_RATE, s, s) for s in SHARES},
+        "by_point": {f"{s:.2f}": _without_folds(held_out(cells, by_point(cells), s, s)) for s in SHARES[:6]},
         "in_sample": {f"{s:.2f}": held_out(cells, ALL, s, s) for s in SHARES},
         "settled": {f"{s:.2f}": _settled(cells, s) for s in SHARES if s >= 0.3},
         "wrong": _wrong(cells, rules),
@@ -247,9 +276,10 @@ def _wrong(cells: Sequence[Cell], rules: Rules) -> list[str]:
     for cell in cells:
         word = verdict(cell, rules, 0.10)
         if word != "inconclusive" and (word in FAILED) != (cell.label in FAILED):
-            value = means(prefix(cell, 0.10))[rules.statistic]
+            seen = means_at(cell, 0.10)
             found.append(
-                f"{describe(cell)}, seed {cell.row.seed}: said {word} ({rules.statistic} {value:.3g}), ended "
+                f"{describe(cell)}, seed {cell.row.seed}: said {word} (loss {seen['loss_over_ln_n']:.3g} "
+                f"x ln N, {seen['active_dims_query']:,.0f} active dims per query), ended "
                 f"{cell.label} with {cell.relative:.0%} of the best cell's MRR@10"
             )
     return found
@@ -413,13 +443,18 @@ def _regret(point: Point | None, best: Point) -> str:
     return f"{mean:.0%} ({interval[0]:.0%} to {interval[1]:.0%}; {seeds} seeds)"
 
 
+KINDS = {
+    "by_point": "each point, fitted on all others",
+    "by_seed": "seeds 1 and 2, fitted on seed 0",
+    "by_rate": "lr 1e-4 and 1e-3, fitted at 3e-4",
+    "by_backbone": "one backbone, fitted on the other",
+    "in_sample": "all, in sample",
+}
+
+
 def verdict_section(found: dict[str, Any]) -> str:
     rows = []
-    for kind, title in (
-        ("by_backbone", "the other backbone"),
-        ("by_seed", "seeds 1 and 2"),
-        ("in_sample", "all, in sample"),
-    ):
+    for kind, title in KINDS.items():
         for share, one in found[kind].items():
             own = one["together"]
             if not own["cells"]:
@@ -435,15 +470,11 @@ def verdict_section(found: dict[str, Any]) -> str:
          "training right"), rows,
     )  # fmt: skip
     tables = []
-    for kind, title in (
-        ("by_backbone", "Rules of the other backbone"),
-        ("by_seed", "Rules of seed 0, judged on seeds 1 and 2"),
-    ):
+    for kind, title in KINDS.items():
         confusion = found[kind]["0.10"]["together"]["confusion"]
-        if confusion:
-            tables.append(
-                f"{title}, 10 % of the summed learning rate:\n\n" + table(("ended", "said", "cells"), confusion)
-            )
+        if confusion and kind != "in_sample":
+            name = f"Judged on {title}, at 10 % of the summed learning rate:"
+            tables.append(f"{name}\n\n" + table(("ended", "said", "cells"), confusion))
     splits = table(
         ("statistic", "threshold", "balanced accuracy", "gap at the threshold [ln]"),
         [

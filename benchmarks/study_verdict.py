@@ -36,6 +36,7 @@ ROWS = DATA / "study.tsv"
 TARGETS = DATA / "study-targets.json"
 CEILINGS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
 SOURCE = TextSource()
+NOT_KEPT = {"verdict": None, "verdict_step": None, "verdict_lr_share": None}  # of the rules before they were fitted
 
 
 def targets(bench: Bench) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def plan(bench: Bench) -> dict[str, list[dict[str, Any]]]:
 def write_rows(planned: dict[str, list[dict[str, Any]]], run: Path) -> None:
     """Every finished cell as a row, with the stage it belongs to."""
     rows = [
-        {"stage": stage, **row_of(one, run).to_dict(), "scale_bias": one["training"]["scale_bias"]}
+        {"stage": stage, **row_of(one, run).to_dict(), **NOT_KEPT, "scale_bias": one["training"]["scale_bias"]}
         for stage, configurations in planned.items()
         for one in configurations
     ]

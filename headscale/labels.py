@@ -161,12 +161,11 @@ class Split:
     fails_from: float
     trains_to: float
     balanced_accuracy: float
-    coverage: float
-    gap: float  # between the classes at the threshold, in sds of the statistic's ranks' values (log where positive)
+    gap: float  # ln of the ratio of the two values at the threshold; their difference where one is not positive
 
 
 def fit_split(statistic: str, failing: Sequence[float], training: Sequence[float]) -> Split:
-    """The threshold on a statistic with the best balanced accuracy, midway between its neighbours.
+    """The threshold on a statistic with the best balanced accuracy; the middle half of its gap abstains.
 
     Args:
         statistic: its name; `LOW_IS_BAD` says which side fails.
@@ -175,47 +174,54 @@ def fit_split(statistic: str, failing: Sequence[float], training: Sequence[float
     """
     sign = -1.0 if statistic in LOW_IS_BAD else 1.0
     values = sorted({sign * v for v in (*failing, *training)})
-    cuts = list(itertools.pairwise(values))
-    best: tuple[float, float, float, float] = (-1.0, 0.0, 0.0, 0.0)
-    for low, high in cuts:
+    best = (-1.0, 0.0, values[0], values[0])
+    for low, high in itertools.pairwise(values):
         right = (
             sum(sign * v >= high for v in failing) / len(failing)
             + sum(sign * v <= low for v in training) / len(training)
         ) / 2
         best = max(best, (right, _distance(low, high), low, high))
     right, gap, low, high = best
-    middle = sign * _middle(low, high)
-    return Split(statistic, middle, middle, right, 1.0, gap)
+    return Split(statistic, sign * _between(low, high, 0.75), sign * _between(low, high, 0.25), right, gap)
 
 
 def _distance(low: float, high: float) -> float:
     return abs(math.log(high / low)) if low * high > 0 else high - low
 
 
-def _middle(low: float, high: float) -> float:
-    """Geometric between numbers of one sign, else arithmetic."""
-    return math.copysign(math.sqrt(low * high), low) if low * high > 0 else (low + high) / 2
+def _between(low: float, high: float, share: float) -> float:
+    """A part of the way from one to the other: by ratio where both have one sign."""
+    if low * high > 0:
+        return math.copysign(abs(low) ** (1 - share) * abs(high) ** share, low)
+    return low + share * (high - low)
 
 
 def fit(
     rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]
 ) -> tuple[Rules, tuple[Split, ...]]:
-    """Rules with the forecast fitted to cells, and every statistic's split beside it, the best first.
+    """Rules with the forecasts fitted to cells, and every statistic's split beside it, the best first.
 
     Args:
-        rules: what is not fitted.
+        rules: what is not fitted; a forecast whose cells all ended alike keeps its thresholds.
         prefixes: of every cell, its means (`headscale.verdict.means`) at `rules.decide_share`.
         labels: of every cell.
     """
-    splits = []
-    for statistic in FORECASTS:
-        known = [(p[statistic], label in FAILED) for p, label in zip(prefixes, labels, strict=True)]
-        failing = [value for value, bad in known if bad and math.isfinite(value)]
-        training = [value for value, bad in known if not bad and math.isfinite(value)]
-        if failing and training:
-            splits.append(fit_split(statistic, failing, training))
+    known = list(zip(prefixes, (label in FAILED for label in labels), strict=True))
+    fading = [(p, bad) for p, bad in known if p["active_dims_query"] < rules.fading_dims]
+    others = [(p, bad) for p, bad in known if not p["active_dims_query"] < rules.fading_dims]
+    split = _split("loss_over_ln_n", fading)
+    if split is not None:
+        rules = replace(rules, fading_fails_from=split.fails_from, fading_trains_to=split.trains_to)
+    splits = [s for s in (_split(name, others) for name in FORECASTS) if s is not None]
     order = {name: place for place, name in enumerate(FORECASTS)}
     ranked = sorted(splits, key=lambda s: (-s.balanced_accuracy, order[s.statistic]))
-    best = ranked[0]
-    fitted = replace(rules, statistic=best.statistic, fails_from=best.fails_from, trains_to=best.trains_to)
-    return fitted, tuple(ranked)
+    if ranked:
+        best = ranked[0]
+        rules = replace(rules, statistic=best.statistic, fails_from=best.fails_from, trains_to=best.trains_to)
+    return rules, tuple(ranked)
+
+
+def _split(statistic: str, cells: Sequence[tuple[Mapping[str, float], bool]]) -> Split | None:
+    failing = [p[statistic] for p, bad in cells if bad and math.isfinite(p[statistic])]
+    training = [p[statistic] for p, bad in cells if not bad and math.isfinite(p[statistic])]
+    return fit_split(statistic, failing, training) if failing and training else None

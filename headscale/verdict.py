@@ -38,6 +38,9 @@ class Rules(Record):
         statistic: what tells a run that will train from one that will fail, once `decide_share` is over.
         fails_from, trains_to: its values from which on the run fails, and up to which it trains; what lies
             between is `inconclusive`. Where small values are the bad ones, `fails_from` is below `trains_to`.
+        fading_dims: active dims of a query below which `fading_fails_from` and `fading_trains_to` decide instead:
+            a run may also fail by all of its terms going out.
+        fading_fails_from, fading_trains_to: the same of loss / ln N, where queries have so few terms.
         settle_share: of the summed learning rate; before it neither `dense` nor `degraded` is called.
         dense_share: active dims of a document over the vocabulary, from which on it is `dense`.
         degraded_accuracy: batch accuracy below which a run that trains is `degraded`.
@@ -51,14 +54,18 @@ class Rules(Record):
     signature_accuracy: float = 2.0
     signature_cosine: float = 0.9
     grown_loss: float = 2.0
-    statistic: str = "batch_accuracy"
-    fails_from: float = 0.1
-    trains_to: float = 0.1
+    statistic: str = "loss_over_ln_n"
+    fails_from: float = 53.8
+    trains_to: float = 50.7
+    fading_dims: float = 30.0
+    fading_fails_from: float = 1.41
+    fading_trains_to: float = 1.05
     settle_share: float = 0.5
-    dense_share: float = 0.1
-    degraded_accuracy: float = 0.3
+    dense_share: float = 0.143
+    degraded_accuracy: float = 0.169
 
 
+_FITTED = "fitted on all cells of the study by `benchmarks/study_verdict.py judge` (reports/study.md)"
 ORIGINS: dict[str, str] = {
     "window_share": "convention: the last fifth of the steps so far",
     "window_least": "convention: three steps at least",
@@ -68,14 +75,17 @@ ORIGINS: dict[str, str] = {
     "signature_accuracy": "chance is 1 / N; twice it leaves room for a batch's noise",
     "signature_cosine": "collapsed runs have documents of cosine .96 to 1.00, training ones at most .71",
     "grown_loss": "definition: worse than at the first step and than chance by this factor",
-    "statistic": "preliminary",
-    "fails_from": "preliminary",
-    "trains_to": "preliminary",
-    "settle_share": "preliminary",
-    "dense_share": "preliminary",
-    "degraded_accuracy": "preliminary",
+    "statistic": _FITTED,
+    "fails_from": _FITTED,
+    "trains_to": _FITTED,
+    "fading_dims": "a trained query has 30 to 50 active dims (sentence-transformers' guide to sparse encoders)",
+    "fading_fails_from": _FITTED,
+    "fading_trains_to": _FITTED,
+    "settle_share": "lambda has its final value there, and words were as often right as at the end (reports/study.md)",
+    "dense_share": _FITTED,
+    "degraded_accuracy": _FITTED,
 }
-"""Where each threshold comes from; those of the study are fitted by `benchmarks/study_verdict.py fit`."""
+"""Where each threshold comes from; those of the study move only with its cells."""
 
 RULES = Rules()
 
@@ -163,14 +173,14 @@ class Watch:
     def _judge(self) -> TrialVerdict:
         seen = means(self.steps, self.rules)
         share = self.clock.share(len(self.steps))
-        outright = self._non_finite() or self._grown(seen) or self._signature(seen)
+        outright = self._non_finite() or self._grown(seen)
         if outright is not None:
             return outright
         rules = self.rules
         if share < rules.decide_share:
             sentence = f"{share:.1%} of the full run's summed learning rate are used; {rules.decide_share:.0%} decide"
             return _inconclusive(sentence, share, rules.decide_share)
-        return self._forecast(seen, share)
+        return self._signature(seen) or self._forecast(seen, share)
 
     def _non_finite(self) -> TrialVerdict | None:
         last = self.steps[-self.rules.window_least :]
@@ -191,50 +201,60 @@ class Watch:
         return _certain("diverged", "grown", "loss_over_ln_n", loss, self.rules.grown_loss * max(1.0, start), sentence)
 
     def _signature(self, seen: dict[str, float]) -> TrialVerdict | None:
-        if len(self.steps) < 2 * self.rules.window_least:
-            return None
+        """ln N, chance, and vectors that are all alike or all empty: nothing is left to learn from."""
         rules, loss, accuracy = self.rules, seen["loss_over_ln_n"], seen["batch_accuracy"]
-        cosine = seen["cosine_document"]
-        alike = cosine >= rules.signature_cosine or math.isnan(cosine)  # NaN: fewer than two texts are not empty
+        cosines = seen["cosine_query"], seen["cosine_document"]
+        empty = any(math.isnan(cosine) for cosine in cosines)  # fewer than two texts have an active term
+        alike = empty or max(cosines) >= rules.signature_cosine
         limit = rules.signature_accuracy / self.candidates
         if not (abs(loss - 1) <= rules.signature_loss and accuracy <= limit and alike):
             return None
+        how = "nearly all texts are empty" if empty else f"texts have cosine {max(cosines):.2f}"
         sentence = (
             f"the loss sits at {loss:.3f} x ln N, {accuracy:.1%} of the positives win their batch (chance is "
-            f"{1 / self.candidates:.1%}) and documents have cosine {cosine:.2f}"
+            f"{1 / self.candidates:.1%}) and {how}"
         )
-        return _certain("collapsed", "signature", "cosine_document", cosine, rules.signature_cosine, sentence)
+        return _certain("collapsed", "signature", "batch_accuracy", accuracy, limit, sentence)
 
     def _forecast(self, seen: dict[str, float], share: float) -> TrialVerdict:
         rules = self.rules
-        value = seen[rules.statistic]
-        sign = -1 if rules.statistic in LOW_IS_BAD else 1
-        told = f"{rules.statistic} is {value:.3g} at {share:.0%} of the summed learning rate"
-        if math.isnan(value) or sign * value > sign * rules.fails_from:
-            sentence = f"{told}; runs beyond {rules.fails_from:.3g} failed"
-            return _certain("collapsed", "forecast", rules.statistic, value, rules.fails_from, sentence)
-        if sign * value > sign * rules.trains_to:
-            sentence = f"{told}, between what trained ({rules.trains_to:.3g}) and what failed ({rules.fails_from:.3g})"
-            return _inconclusive(sentence, value, rules.trains_to, rule="forecast", statistic=rules.statistic)
-        return self._trains(seen, share, told)
+        statistic, fails_from, trains_to = rules.statistic, rules.fails_from, rules.trains_to
+        rule = "forecast"
+        if seen["active_dims_query"] < rules.fading_dims:
+            rule, statistic = "fading", "loss_over_ln_n"
+            fails_from, trains_to = rules.fading_fails_from, rules.fading_trains_to
+        value = seen[statistic]
+        sign = -1 if statistic in LOW_IS_BAD else 1
+        told = f"{statistic} is {value:.3g} at {share:.0%} of the summed learning rate"
+        if rule == "fading":
+            told += f", with {seen['active_dims_query']:.0f} active dims per query"
+        if math.isnan(value) or sign * value >= sign * fails_from:
+            return _certain(
+                "collapsed", rule, statistic, value, fails_from, f"{told}; from {fails_from:.3g} on runs fail"
+            )
+        if sign * value > sign * trains_to:
+            sentence = f"{told}, between what trains ({trains_to:.3g}) and what fails ({fails_from:.3g})"
+            return _inconclusive(sentence, value, trains_to, rule=rule, statistic=statistic)
+        return self._trains(seen, share, _open("stable", rule, statistic, value, trains_to, told))
 
-    def _trains(self, seen: dict[str, float], share: float, told: str) -> TrialVerdict:
+    def _trains(self, seen: dict[str, float], share: float, stable: TrialVerdict) -> TrialVerdict:
+        """`stable` as it was told, unless enough of the run is over to call it dense or degraded."""
         rules = self.rules
-        settled = share >= rules.settle_share and self.clock.ramp_is_over(len(self.steps) - 1)
-        if not settled:
-            sentence = f"{told}, as in runs that trained; too early to judge sparsity and quality"
-            value = seen[rules.statistic]
-            return _open("stable", "forecast", rules.statistic, value, rules.trains_to, sentence, ("degraded", "dense"))
+        if not (share >= rules.settle_share and self.clock.ramp_is_over(len(self.steps) - 1)):
+            sentence = f"{stable.evidence}, as in runs that train; too early to judge sparsity and quality"
+            return replace(stable, evidence=sentence, undecided=("degraded", "dense"))
         dims = seen["active_dims_document"] / self.vocab_size
         accuracy = seen["batch_accuracy"]
-        if dims > rules.dense_share:
+        if dims >= rules.dense_share:
             sentence = f"documents have {seen['active_dims_document']:,.0f} active dims, {dims:.1%} of the vocabulary"
             return _open("dense", "dense", "active_dims_document", dims, rules.dense_share, sentence)
-        if accuracy < rules.degraded_accuracy:
+        if accuracy <= rules.degraded_accuracy:
             sentence = f"{accuracy:.1%} of the positives win their batch at {share:.0%} of the summed learning rate"
             return _open("degraded", "degraded", "batch_accuracy", accuracy, rules.degraded_accuracy, sentence)
-        sentence = f"{told}; {dims:.1%} of the vocabulary active per document; {accuracy:.1%} win their batch"
-        return _open("stable", "settled", rules.statistic, seen[rules.statistic], rules.trains_to, sentence)
+        sentence = (
+            f"{stable.evidence}; {dims:.1%} of the vocabulary active per document; {accuracy:.1%} win their batch"
+        )
+        return replace(stable, rule="settled", evidence=sentence)
 
 
 def judge_run(
@@ -266,10 +286,8 @@ def _certain(
     return TrialVerdict(word, rule, statistic, value, threshold, 0, 0.0, True, (), sentence)
 
 
-def _open(
-    word: str, rule: str, statistic: str, value: float, threshold: float, sentence: str, undecided: tuple[str, ...] = ()
-) -> TrialVerdict:
-    return TrialVerdict(word, rule, statistic, value, threshold, 0, 0.0, False, undecided, sentence)
+def _open(word: str, rule: str, statistic: str, value: float, threshold: float, sentence: str) -> TrialVerdict:
+    return TrialVerdict(word, rule, statistic, value, threshold, 0, 0.0, False, (), sentence)
 
 
 def _inconclusive(

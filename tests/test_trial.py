@@ -220,7 +220,7 @@ def test_trial_is_stable_where_its_rules_say_so(capsys: Any, backbone: str, monk
     from headscale import trial, verdict
 
     easy = replace(RULES, statistic="loss_over_ln_n", fails_from=1e9, trains_to=1e9, signature_loss=0.0,
-                   settle_share=2.0)  # fmt: skip
+                   fading_dims=0.0, settle_share=2.0)  # fmt: skip
     monkeypatch.setattr(trial, "RULES", easy)
     monkeypatch.setattr(verdict, "RULES", easy)
     command = ["trial", backbone, "--scale", "0.25", "--steps", "8", "--compressed", "--no-control", *OPTIONS]

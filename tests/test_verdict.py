@@ -40,13 +40,15 @@ from headscale.verdict import (
 FULL = TrainingConfig(steps=100, batch_size=32, lr=3e-4)
 VOCAB, N = 1000, 32
 OWN = Rules(statistic="loss_over_ln_n", fails_from=4.0, trains_to=2.0, settle_share=0.5, dense_share=0.1,
-            degraded_accuracy=0.3)  # fmt: skip
+            degraded_accuracy=0.3, fading_fails_from=1.4, fading_trains_to=1.1)  # fmt: skip
+DECIDED = Clock(FULL).steps_for(OWN.decide_share)
 
 
 def step(number: int, **values: float | None) -> StepRecord:
     given = {
         "loss": 1.0, "loss_over_ln_n": 1.0, "batch_accuracy": 0.5, "cosine_document": 0.5, "cosine_query": 0.5,
-        "score_sd": 1.0, "score_margin": 1.0, "active_dims_document": 50.0, "head_norm": 10.0, "grad_norm": 1.0,
+        "score_sd": 1.0, "score_margin": 1.0, "active_dims_document": 50.0, "active_dims_query": 40.0,
+        "head_norm": 10.0, "grad_norm": 1.0,
         "skipped": False, "non_finite": 0, "memory": 0, **values,
     }  # fmt: skip
     return StepRecord(**{f.name: given.get(f.name, 0.0) for f in fields(StepRecord)} | {"step": number})  # type: ignore[arg-type]
@@ -94,10 +96,9 @@ def test_steps_for_a_share_are_the_fewest(share):
 
 
 def test_before_the_deciding_share_nothing_but_failure_is_called():
-    count = Clock(FULL).steps_for(OWN.decide_share)
-    early = verdict_of(run_of(count - 1))
+    early = verdict_of(run_of(DECIDED - 1))
     assert (early.word, early.rule, early.certain) == ("inconclusive", "horizon", False)
-    assert verdict_of(run_of(count)).word == "stable"
+    assert verdict_of(run_of(DECIDED)).word == "stable"
 
 
 def test_the_share_is_of_the_full_run_not_of_the_trial():
@@ -106,10 +107,14 @@ def test_the_share_is_of_the_full_run_not_of_the_trial():
     assert verdict_of(run_of(20), config=first.replace(compressed=True)).word == "stable"
 
 
-def test_the_signature_of_collapse_is_called_at_once_and_is_certain():
-    found = verdict_of(run_of(6, loss_over_ln_n=1.01, batch_accuracy=1 / 32, cosine_document=0.99))
-    assert (found.word, found.rule, found.certain) == ("collapsed", "signature", True)
-    assert found.step == 6
+COLLAPSED = {"loss_over_ln_n": 1.01, "batch_accuracy": 1 / 32, "cosine_document": 0.99}
+
+
+def test_the_signature_of_collapse_is_certain_once_enough_was_seen():
+    """Before: a head with a tiny constant starts at ln N as well, and trains."""
+    assert verdict_of(run_of(DECIDED - 1, **COLLAPSED)).word == "inconclusive"
+    found = verdict_of(run_of(DECIDED, **COLLAPSED))
+    assert (found.word, found.rule, found.certain, found.step) == ("collapsed", "signature", True, DECIDED)
     assert "0.99" in found.evidence
 
 
@@ -117,13 +122,22 @@ def test_the_signature_of_collapse_is_called_at_once_and_is_certain():
     "healthy", [{"loss_over_ln_n": 0.9}, {"batch_accuracy": 0.2}, {"cosine_document": 0.6}, {"loss_over_ln_n": 1.2}]
 )
 def test_the_signature_needs_all_of_its_parts(healthy):
-    values = {"loss_over_ln_n": 1.01, "batch_accuracy": 1 / 32, "cosine_document": 0.99, **healthy}
-    assert verdict_of(run_of(6, **values)).word == "inconclusive"
+    assert verdict_of(run_of(DECIDED, **{**COLLAPSED, **healthy})).word == "stable"
 
 
-def test_all_vectors_empty_counts_as_alike():
-    found = verdict_of(run_of(6, loss_over_ln_n=1.0, batch_accuracy=0.0, cosine_document=None))
-    assert found.word == "collapsed"
+@pytest.mark.parametrize("side", ["query", "document"])
+def test_texts_that_are_empty_count_as_alike(side):
+    nothing = {"loss_over_ln_n": 1.0, "batch_accuracy": 0.0, f"cosine_{side}": None}
+    found = verdict_of(run_of(DECIDED, **nothing))
+    assert (found.word, found.rule) == ("collapsed", "signature")
+    assert "empty" in found.evidence
+
+
+@pytest.mark.parametrize(("loss", "word"), [(1.0, "stable"), (1.2, "inconclusive"), (1.5, "collapsed")])
+def test_queries_that_go_out_are_judged_by_a_loss_of_their_own(loss, word):
+    found = verdict_of(run_of(DECIDED, loss_over_ln_n=loss, active_dims_query=9.0))
+    assert (found.word, found.rule) == (word, "fading")
+    assert verdict_of(run_of(DECIDED, loss_over_ln_n=loss, active_dims_query=90.0)).word == "stable"
 
 
 def test_one_infinite_loss_is_not_yet_divergence_and_three_are():
@@ -149,8 +163,7 @@ def test_a_loss_that_doubles_above_chance_diverges_and_a_falling_one_does_not():
 
 
 def test_the_forecast_fails_trains_or_abstains():
-    count = Clock(FULL).steps_for(OWN.decide_share)
-    words = {loss: verdict_of([step(0, loss_over_ln_n=50.0), *run_of(count, loss_over_ln_n=loss)[1:]])
+    words = {loss: verdict_of([step(0, loss_over_ln_n=50.0), *run_of(DECIDED, loss_over_ln_n=loss)[1:]])
              for loss in (1.9, 2.1, 3.9, 4.1)}  # fmt: skip
     assert [v.word for v in words.values()] == ["stable", "inconclusive", "inconclusive", "collapsed"]
     assert words[4.1].certain
@@ -160,8 +173,7 @@ def test_the_forecast_fails_trains_or_abstains():
 
 def test_where_low_is_bad_the_forecast_turns_around():
     rules = replace(OWN, statistic="batch_accuracy", fails_from=0.1, trains_to=0.2)
-    count = Clock(FULL).steps_for(OWN.decide_share)
-    words = [verdict_of(run_of(count, batch_accuracy=a), rules).word for a in (0.05, 0.15, 0.25)]
+    words = [verdict_of(run_of(DECIDED, batch_accuracy=a), rules).word for a in (0.05, 0.15, 0.25)]
     assert words == ["collapsed", "inconclusive", "stable"]
 
 
@@ -190,15 +202,14 @@ def test_only_steps_so_far_count():
 
 
 def test_the_step_is_where_the_word_began_to_hold():
-    count = Clock(FULL).steps_for(OWN.decide_share)
-    found = verdict_of(run_of(count + 5))
-    assert found.step == count
-    assert found.lr_share == pytest.approx(Clock(FULL).share(count))
+    found = verdict_of(run_of(DECIDED + 5))
+    assert found.step == DECIDED
+    assert found.lr_share == pytest.approx(Clock(FULL).share(DECIDED))
 
 
 def test_a_certain_verdict_stays():
-    steps = [*run_of(6, loss_over_ln_n=1.0, batch_accuracy=0.0, cosine_document=1.0), *run_of(40)[6:]]
-    assert verdict_of(steps) == verdict_of(steps[:6])
+    steps = [*run_of(DECIDED, **COLLAPSED), *run_of(40)[DECIDED:]]
+    assert verdict_of(steps) == verdict_of(steps[:DECIDED])
 
 
 def test_means_are_over_the_last_steps():
@@ -298,20 +309,39 @@ def test_the_fitted_threshold_is_the_best_of_all(statistic, seed):
         return float((sign * failing > sign * threshold).mean() + (sign * training <= sign * threshold).mean()) / 2
 
     tried = np.linspace(0, 1.01 * max(failing.max(), training.max()), 4000)
-    assert accuracy(found.fails_from) == pytest.approx(found.balanced_accuracy)
+    for threshold in (found.fails_from, found.trains_to):  # between them lies no cell
+        assert accuracy(threshold) == pytest.approx(found.balanced_accuracy)
     assert found.balanced_accuracy >= max(accuracy(t) for t in tried) - 1e-9
-    assert found.fails_from == found.trains_to
+    assert sign * found.trains_to < sign * found.fails_from
 
 
 def test_fitting_takes_the_statistic_that_separates():
     source = np.random.default_rng(0)
     labels = ["collapsed"] * 10 + ["stable"] * 10
     prefixes = [
-        {**{name: float(source.lognormal()) for name in FORECASTS}, "cosine_query": 0.9 if bad else 0.4}
+        {
+            **{name: float(source.lognormal()) for name in FORECASTS},
+            "active_dims_query": 99.0,
+            "cosine_query": 0.9 if bad else 0.4,
+        }
         for bad in [True] * 10 + [False] * 10
     ]
     rules, splits = fit(OWN, prefixes, labels)
     assert rules.statistic == "cosine_query"
-    assert rules.fails_from == pytest.approx(0.6)
+    assert math.log(rules.fails_from / 0.4) == pytest.approx(0.75 * math.log(0.9 / 0.4))  # the middle half abstains
+    assert math.log(rules.trains_to / 0.4) == pytest.approx(0.25 * math.log(0.9 / 0.4))
+    assert (rules.fading_fails_from, rules.fading_trains_to) == (OWN.fading_fails_from, OWN.fading_trains_to)
     assert splits[0].balanced_accuracy == 1.0
     assert rules.decide_share == OWN.decide_share
+
+
+def test_runs_whose_terms_go_out_are_fitted_apart():
+    """One threshold on the loss would not do: what fails there trains here."""
+    few, many = {"active_dims_query": 9.0}, {"active_dims_query": 900.0}
+    other = dict.fromkeys(FORECASTS, 1.0)
+    cells = [(few, 0.8, "stable"), (few, 1.6, "collapsed"), (many, 15.0, "degraded"), (many, 60.0, "collapsed")]
+    prefixes = [{**other, **dims, "loss_over_ln_n": loss} for dims, loss, _ in cells]
+    rules, _ = fit(OWN, prefixes, [label for _, _, label in cells])
+    assert 0.8 < rules.fading_trains_to < rules.fading_fails_from < 1.6
+    assert rules.statistic == "loss_over_ln_n"
+    assert 15.0 < rules.trains_to < rules.fails_from < 60.0
