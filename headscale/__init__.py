@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from headscale.activations import Encoding
     from headscale.api import Loading, calibrate, inspect, profile
     from headscale.calibration import Choice
     from headscale.collection import read_collection
     from headscale.evaluation import evaluate
     from headscale.pooling import SpladeHead, max_logits, splade_pool
+    from headscale.texts import Pair, read_pairs
 
 _HOMES = {
     "Choice": "headscale.calibration",
+    "Encoding": "headscale.activations",
     "Loading": "headscale.api",
+    "Pair": "headscale.texts",
     "SpladeHead": "headscale.pooling",
     "calibrate": "headscale.api",
     "evaluate": "headscale.evaluation",
@@ -27,12 +31,15 @@ _HOMES = {
     "max_logits": "headscale.pooling",
     "profile": "headscale.api",
     "read_collection": "headscale.collection",
+    "read_pairs": "headscale.texts",
     "splade_pool": "headscale.pooling",
 }
 
 __all__ = [
     "Choice",
+    "Encoding",
     "Loading",
+    "Pair",
     "SpladeHead",
     "__version__",
     "calibrate",
@@ -41,6 +48,7 @@ __all__ = [
     "max_logits",
     "profile",
     "read_collection",
+    "read_pairs",
     "splade_pool",
 ]
 

@@ -266,7 +266,8 @@ class _Editing:
     def _shifted(self, key: str | None) -> np.ndarray:
         old = self.checkpoint.tensor(key) if key else np.zeros(self.head.vocab_size, np.float32)
         kind = old.dtype.type
-        return np.asarray(old * kind(self.change.bias_scale) + kind(self.change.scale * self.change.shift))
+        added = self.change.scale * self.change.shift / self.head.factor  # logits are factor x (features W + bias)
+        return np.asarray(old * kind(self.change.bias_scale) + kind(added))
 
     def _times(self, key: str, factor: float) -> LazyTensor:
         def blocks() -> Iterator[np.ndarray]:

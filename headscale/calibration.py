@@ -253,18 +253,23 @@ def _pick(targets: Sequence[Target], choice: Choice, limit: float) -> tuple[str,
     if choice.match != "auto":
         return choice.match, "as asked", disagreement
     norm, loss = by_name["norm"].scale, by_name["loss"].scale
+    outputs = [by_name[name].scale for name in ("activation", "score", "loss")]
+    bounds = [scale for scale in outputs if scale is not None and scale != limit]  # at the limit it binds nothing
     if norm is None and loss is None:
         return "norm", "neither norm nor loss can be reached", disagreement
     if norm is None or loss is None:
-        usable, other = ("loss", "norm") if norm is None else ("norm", "loss")
+        usable, other = ("loss", "norm") if loss is not None else ("norm", "loss")
         return usable, f"{other} cannot be reached, so {usable} decides", disagreement
-    if loss == limit:
-        reason = f"the loss stays below its ceiling up to {ratio_text(limit)} and sets no bound, so the norm decides"
-        return "norm", reason, disagreement
-    factor = max(norm / loss, loss / norm)
+    factor = max((max(norm / scale, scale / norm) for scale in bounds), default=math.inf)
     if factor <= AGREEMENT_FACTOR:
         return "norm", f"the norm agrees with the outputs within a factor of {factor:.2g}", disagreement
-    return "loss", f"the norm is off from the outputs by a factor of {factor:.3g}, so the loss decides", disagreement
+    if not bounds:
+        return "loss", "no output sets a bound, so the loss decides", disagreement
+    return (
+        "loss",
+        f"the norm is off from the outputs by up to a factor of {factor:.3g}, so the loss decides",
+        disagreement,
+    )
 
 
 def _disagreement(by_name: dict[str, Target]) -> str:

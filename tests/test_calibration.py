@@ -351,18 +351,27 @@ def with_norm(profile: Profile, frobenius: float) -> Reference:
 
 
 def test_auto_takes_the_norm_where_it_agrees_and_the_loss_where_not(large: Measured, other: Profile) -> None:
-    loss = target(choose(large, reference(other)), "loss").scale
+    weights = replace(other, output=None)  # the loss is then the only output statistic
+    loss = target(choose(large, reference(weights)), "loss").scale
     own = large.inspection.weights.frobenius
     for factor in (0.51, 1.0, 1.99):
-        found = choose(large, with_norm(other, own * loss * factor))
+        found = choose(large, with_norm(weights, own * loss * factor))
         assert found.match == "norm"
         assert f"within a factor of {max(factor, 1 / factor):.2g}" in found.match_reason
         assert found.scale == nearest_power_of_two(loss * factor)
     for factor in (0.49, 2.01, 50.0):
-        found = choose(large, with_norm(other, own * loss * factor))
+        found = choose(large, with_norm(weights, own * loss * factor))
         assert found.match == "loss"
-        assert f"off from the outputs by a factor of {max(factor, 1 / factor):.3g}" in found.match_reason
+        assert f"off from the outputs by up to a factor of {max(factor, 1 / factor):.3g}" in found.match_reason
         assert found.scale == power_of_two_below(loss)
+
+
+def test_auto_holds_the_norm_against_every_output(large: Measured, other: Profile) -> None:
+    """A norm that agrees with the loss alone is no agreement where scores ask for something else."""
+    known = choose(large, reference(other))
+    loss, score = target(known, "loss").scale, target(known, "score").scale
+    assert max(loss / score, score / loss) > 2.5
+    assert choose(large, with_norm(other, large.inspection.weights.frobenius * loss)).match == "loss"
 
 
 def test_auto_where_one_or_both_cannot_be_reached(large: Measured, other: Profile) -> None:
@@ -378,8 +387,8 @@ def test_auto_does_not_follow_a_loss_that_bounds_nothing(other: Profile) -> None
     silent = measured(calmed(tiny_model("bert"), 1e4))
     found = choose(silent, reference(other))
     assert target(found, "loss").scale == CURVE_SCALES[-1]
-    assert found.match == "norm"
-    assert "sets no bound" in found.match_reason
+    assert (found.match, found.scale) == ("loss", 1.0)
+    assert "left as it is" in found.match_reason
 
 
 def test_disagreement_is_put_into_words(large: Measured, other: Profile) -> None:

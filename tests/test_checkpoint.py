@@ -481,16 +481,16 @@ def sparse_checkpoint(directory: Path, head_rows: int, total: int, width: int = 
 
 
 NORM_SCRIPT = """
-import json, resource, sys
+import json, sys
 import numpy
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 from headscale.checkpoint import open_checkpoint
 with open_checkpoint(sys.argv[1]) as checkpoint:
     total = 0.0
     for _, block in checkpoint.row_blocks("cls.predictions.decoder.weight"):
         total += float(numpy.vdot(block, block))
     read = checkpoint.bytes_read
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 heavy = [name for name in ("torch", "transformers", "huggingface_hub", "safetensors", "scipy") if name in sys.modules]
 print(json.dumps({"total": total, "grown_mb": (after - before) / 1024, "read": read, "heavy": heavy}))
 """

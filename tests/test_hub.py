@@ -166,15 +166,15 @@ def sparse_shards(directory: Path) -> int:
 
 
 HUB_SCRIPT = """
-import json, resource, sys
+import json, sys
 import numpy
 from headscale.checkpoint import open_checkpoint
 from huggingface_hub import hf_hub_download, get_hf_file_metadata
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 with open_checkpoint("owner/big", cache_dir=sys.argv[1]) as checkpoint:
     total = sum(float(numpy.vdot(block, block)) for _, block in checkpoint.row_blocks("head.weight"))
     read = checkpoint.bytes_read
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 heavy = [name for name in ("torch", "transformers", "scipy") if name in sys.modules]
 print(json.dumps({"total": total, "read": read, "heavy": heavy, "grown_mb": (after - before) / 1024}))
 """
