@@ -336,7 +336,9 @@ def advice(scale: float, head_lr_multiplier: float, head: Head) -> list[str]:
     lines = [f"multiply the MLM head by {ratio_text(scale)} before training; `--save DIR` writes that checkpoint"]
     if head_lr_multiplier == 1.0:
         return [*lines, "train the untied head at the encoder's learning rate"]
-    names = "|".join(n.replace(".", r"\.") for n in (*head.matrix, *([head.bias] if head.bias else [])))
+    # Untied, a bias with two names is live under the one that goes with the matrix.
+    biases = () if head.bias is None else (head.bias, f"{head.matrix[0].removesuffix('.weight')}.bias")
+    names = "|".join(name.replace(".", r"\.") for name in dict.fromkeys((*head.matrix, *biases)))
     return [
         *lines,
         f"train the untied head at {head_lr_multiplier:g} x the encoder's learning rate LR",

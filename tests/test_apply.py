@@ -200,3 +200,19 @@ def test_a_random_head_is_refused(tmp_path: Path) -> None:
     tiny_model("bert", "BertModel").save_pretrained(tmp_path)
     with pytest.raises(NoHeadError, match="initialised at random"):
         load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "modernbert", "xlm-roberta", "albert", "mobilebert", "distilbert"])
+def test_the_advice_names_the_parameters_that_are_live_in_what_was_written(model_type: str, tmp_path: Path) -> None:
+    import re
+
+    from headscale.calibration import advice
+
+    backbone = load_backbone(tiny_checkpoint(model_type, tmp_path / "source"))
+    save_rescaled(backbone, tmp_path / "target", Change(0.125))
+    again = load_backbone(tmp_path / "target", tokenizer=False)
+    pattern = re.search(r'\{r"(.*)": ', advice(0.125, 4.0, backbone.head)[2]).group(1)
+    matched = {id(p) for name, p in again.model.named_parameters() if re.search(pattern, f"0.model.{name}")}
+    assert {id(p) for p in again.loaded.parameters} <= matched
+    encoder = {id(p) for name, p in again.model.named_parameters() if "embedding" in name}
+    assert not matched & encoder
