@@ -44,6 +44,9 @@ ROWS, STEPS, TARGETS, SCORES = (
 )
 LR = 3e-4
 SHARES = (0.05, 0.10, 0.15, 0.20, 0.30, 0.50, 0.75, 1.0)
+# Where a part has nothing to fit a threshold to, it must not fall back on one that was fitted to the other part.
+BLANK = replace(RULES, fails_from=2.0, trains_to=2.0, fading_fails_from=2.0, fading_trains_to=2.0, dense_share=0.1,
+                degraded_accuracy=0.2)  # fmt: skip
 KEPT = ("loss", "head_norm", *STATISTICS)  # what the rules look at
 
 
@@ -180,7 +183,7 @@ def held_out(cells: Sequence[Cell], folds: Sequence[tuple[str, Part, Part]], sha
         known, unseen = [c for c in cells if fit_on(c)], [c for c in cells if judge_on(c)]
         if not unseen or not known:
             continue
-        rules, _ = fitted(RULES, known, share)
+        rules, _ = fitted(BLANK, known, share)
         own = [(c.label, verdict(c, rules, at)) for c in unseen]
         pairs += own
         parts[name] = {"fitted_on": len(known), "rules": rules.to_dict(), **_scored(score(own))}
@@ -234,7 +237,7 @@ def by_point(cells: Sequence[Cell]) -> tuple[tuple[str, Part, Part], ...]:
 
 def judged(cells: Sequence[Cell]) -> dict[str, Any]:
     """Everything that is said of the verdict."""
-    rules, splits = fitted(RULES, cells, 0.10)
+    rules, splits = fitted(BLANK, cells, 0.10)
     return {
         "cells": len(cells),
         "labels": dict(sorted(_counts(c.label for c in cells).items())),
@@ -260,7 +263,7 @@ def _counts(words: Iterable[str]) -> dict[str, int]:
 def _settled(cells: Sequence[Cell], share: float) -> dict[str, Any]:
     """Every word, from a share of the run: rules fitted on seed 0 for the train-or-fail forecast and both others."""
     known, unseen = [c for c in cells if c.row.seed == 0], [c for c in cells if c.row.seed > 0]
-    rules, _ = fitted(replace(RULES, settle_share=share), known, 0.10)
+    rules, _ = fitted(replace(BLANK, settle_share=share), known, 0.10)
     pairs = [(c.label, verdict(c, rules, share)) for c in unseen]
     right = sum(a == b for a, b in pairs)
     return {
@@ -419,8 +422,11 @@ def learning_rates(cells: Sequence[Cell]) -> str:
 def regrets(cells: Sequence[Cell], backbone: str) -> str:
     """Of every target at head lr x1 and x4, against the cell that was best on dev pairs."""
     found = points(c for c in cells if c.plain and c.row.backbone == backbone)
-    best = chosen_on_dev(found)
+    alone = points(c for c in cells if c.row.backbone == backbone and c.row.mode == "none" and _ordinary(c))
+    best = chosen_on_dev([*found, *alone])
     at = {(p.first.row.scale, p.first.row.head_lr_multiplier): p for p in found}
+    if alone and len(alone[0].cells) > len(at[(1.0, 1.0)].cells):
+        at[(1.0, 1.0)] = alone[0]  # tied and untied differ by less than seeds do
     known = json.loads(TARGETS.read_text())[backbone]
     asked = {t["name"]: t["scale"] if t["name"] == "constant" else t["snapped"] for t in known["targets"]
              if ":" not in t["name"]}  # fmt: skip
@@ -428,8 +434,8 @@ def regrets(cells: Sequence[Cell], backbone: str) -> str:
     asked.update({f"loss, c = {c}": t["snapped"] for c, t in known["ceilings"].items() if c != "1.25"})
     rows = []
     for name, scale in asked.items():
-        cellss = [at.get((scale, multiplier)) for multiplier in (1.0, 4.0)]
-        rows.append((name, "-" if scale is None else ratio_text(scale), *(_regret(p, best) for p in cellss)))
+        pair = [at.get((scale, multiplier)) for multiplier in (1.0, 4.0)]
+        rows.append((name, "-" if scale is None else ratio_text(scale), *(_regret(p, best) for p in pair)))
     title = f"best on dev: {describe(best.first)} ({len(best.cells)} seeds; test {best.spread('mrr_test')})"
     return f"{title}\n\n" + table(("target", "constant", "loss at head lr x1", "loss at head lr x4"), rows)
 
@@ -534,6 +540,13 @@ def report(_: Path | None = None) -> None:
         "LABELS": f"below {FAIL_RELATIVE:.0%} of the best cell's MRR@10 a run failed, below {DEGRADED_RELATIVE:.0%} "
         f"it is degraded, and above {DENSE_SHARE:.1%} of the vocabulary per document it is dense",
     }  # fmt: skip
+    for kind in KINDS:
+        own = found[kind]["0.10"]["together"]
+        parts[kind.upper()] = (
+            "{:.1%} ({:.1%} to {:.1%}; ".format(own["balanced_accuracy"], *own["interval"])
+            + f"{own['cells']} cells, coverage {own['coverage']:.0%}; right are {own['failing_right']} of "
+            f"{own['failing']} failing and {own['training_right']} of {own['training']} training ones)"
+        )
     for name, text in parts.items():
         findings = findings.replace("{{" + name + "}}", text)
     REPORT.write_text(findings)

@@ -199,7 +199,10 @@ def _between(low: float, high: float, share: float) -> float:
 def fit(
     rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]
 ) -> tuple[Rules, tuple[Split, ...]]:
-    """Rules with the forecasts fitted to cells, and every statistic's split beside it, the best first.
+    """Rules with both forecasts fitted to cells, and every statistic's best split beside them, the best first.
+
+    The statistic of the forecast is given, not chosen by its score on few cells: the loss compares with chance at any
+    temperature and for any backbone, which the others do not.
 
     Args:
         rules: what is not fitted; a forecast whose cells all ended alike keeps its thresholds.
@@ -212,13 +215,11 @@ def fit(
     split = _split("loss_over_ln_n", fading)
     if split is not None:
         rules = replace(rules, fading_fails_from=split.fails_from, fading_trains_to=split.trains_to)
+    split = _split(rules.statistic, others)
+    if split is not None:
+        rules = replace(rules, fails_from=split.fails_from, trains_to=split.trains_to)
     splits = [s for s in (_split(name, others) for name in FORECASTS) if s is not None]
-    order = {name: place for place, name in enumerate(FORECASTS)}
-    ranked = sorted(splits, key=lambda s: (-s.balanced_accuracy, order[s.statistic]))
-    if ranked:
-        best = ranked[0]
-        rules = replace(rules, statistic=best.statistic, fails_from=best.fails_from, trains_to=best.trains_to)
-    return rules, tuple(ranked)
+    return rules, tuple(sorted(splits, key=lambda s: -s.balanced_accuracy))
 
 
 def _split(statistic: str, cells: Sequence[tuple[Mapping[str, float], bool]]) -> Split | None:

@@ -315,7 +315,7 @@ def test_the_fitted_threshold_is_the_best_of_all(statistic, seed):
     assert sign * found.trains_to < sign * found.fails_from
 
 
-def test_fitting_takes_the_statistic_that_separates():
+def test_fitting_keeps_the_statistic_and_ranks_the_others():
     source = np.random.default_rng(0)
     labels = ["collapsed"] * 10 + ["stable"] * 10
     prefixes = [
@@ -326,12 +326,13 @@ def test_fitting_takes_the_statistic_that_separates():
         }
         for bad in [True] * 10 + [False] * 10
     ]
-    rules, splits = fit(OWN, prefixes, labels)
+    rules, splits = fit(replace(OWN, statistic="cosine_query"), prefixes, labels)
     assert rules.statistic == "cosine_query"
     assert math.log(rules.fails_from / 0.4) == pytest.approx(0.75 * math.log(0.9 / 0.4))  # the middle half abstains
     assert math.log(rules.trains_to / 0.4) == pytest.approx(0.25 * math.log(0.9 / 0.4))
     assert (rules.fading_fails_from, rules.fading_trains_to) == (OWN.fading_fails_from, OWN.fading_trains_to)
-    assert splits[0].balanced_accuracy == 1.0
+    assert (splits[0].statistic, splits[0].balanced_accuracy) == ("cosine_query", 1.0)
+    assert fit(OWN, prefixes, labels)[0].statistic == OWN.statistic
     assert rules.decide_share == OWN.decide_share
 
 
