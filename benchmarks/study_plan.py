@@ -83,9 +83,12 @@ def stages(temperature: float, lambda_share: tuple[float, float]) -> dict[str, l
             *grid(FAILING, (1 / 64,), one, seeds=rest, scale_bias=False),
         ],
         "more": [
-            *grid(FAILING, (1 / 256, 1 / 512, 1 / 2, 1.0), seeds=rest),
+            *grid(FAILING, (1.0, 1 / 16), lrs=(1e-4, 1e-3), seeds=rest),
+            *grid(REFERENCE, (4.0, 16.0), one, lrs=(1e-4, 1e-3), seeds=rest),
+            *grid(FAILING, (1.0,), seeds=rest), *grid(REFERENCE, (2.0, 1.0), seeds=rest),
+            *grid(FAILING, (1 / 256, 1 / 512), seeds=rest),
+            *grid(FAILING, (1 / 4, 1 / 64), lrs=(1e-4, 1e-3), seeds=rest),
+            *grid(REFERENCE, (1.0, 1 / 4), one, lrs=(1e-4, 1e-3), seeds=(0, *rest)),
             *grid(REFERENCE, (1 / 64, 1 / 256), seeds=(0, *rest)),
-            *grid(FAILING, (1.0, 1 / 4, 1 / 16, 1 / 64), lrs=(1e-4, 1e-3), seeds=rest),
-            *grid(REFERENCE, (16.0, 4.0, 1.0, 1 / 4), one, lrs=(1e-4, 1e-3), seeds=(0, *rest)),
         ],
     }  # fmt: skip

@@ -73,7 +73,7 @@ ORIGINS: dict[str, str] = {
     "decide_share": "the bar that the study holds the verdict to",
     "signature_loss": "collapsed runs settle at ln N to two digits",
     "signature_accuracy": "chance is 1 / N; twice it leaves room for a batch's noise",
-    "signature_cosine": "collapsed runs have documents of cosine .96 to 1.00, training ones at most .71",
+    "signature_cosine": "failed runs end at .94 to .97, or empty (reports/study.md); alone it decides nothing",
     "grown_loss": "definition: worse than at the first step and than chance by this factor",
     "statistic": "comparable with chance everywhere; others did no better (reports/study.md)",
     "fails_from": _FITTED,
