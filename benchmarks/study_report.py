@@ -34,7 +34,7 @@ from headscale.labels import (
 )
 from headscale.recipes import TrainingConfig
 from headscale.records import StepRecord, SweepRow
-from headscale.trial import candidates_of
+from headscale.trials import candidates_of
 from headscale.verdict import FAILED, RULES, STATISTICS, Clock, Rules, judge_run, means
 
 DATA = Path(__file__).resolve().parent.parent / "reports" / "data"

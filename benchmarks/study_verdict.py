@@ -29,7 +29,7 @@ from headscale.demo import DOCUMENT_LENGTH, FAILING, QUERY_LENGTH, REFERENCE  # 
 from headscale.grid import LocalProcesses, pending, row_of, sweep  # noqa: E402
 from headscale.inspection import measure, texts_of  # noqa: E402
 from headscale.profiles import Reference, profile_of  # noqa: E402
-from headscale.trial import Bench, TextSource, configuration_of, folder_of, identity_of  # noqa: E402
+from headscale.trials import Bench, TextSource, configuration_of, folder_of, identity_of  # noqa: E402
 
 DATA = HERE.parent / "reports" / "data"
 ROWS = DATA / "study.tsv"

@@ -166,7 +166,7 @@ def train_arms(
     calibration: Calibration, backbones: dict[str, Backbone], output: Path, voice: Voice, seeds: Sequence[int]
 ) -> list[Arm]:
     """Train reference, untouched and calibrated arm over the same pairs and seeds; finished runs are reused."""
-    from headscale.trial import Bench, TextSource, configuration_of, run_cell, shown_steps
+    from headscale.trials import Bench, TextSource, configuration_of, run_cell, shown_steps
 
     source = TextSource(packages=PACKAGES, candidates=CANDIDATES, rank_dev=False)
     bench = Bench(voice.note, dict(backbones))

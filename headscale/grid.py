@@ -22,7 +22,7 @@ from headscale import cells
 from headscale.errors import HeadscaleError, UsageError
 from headscale.recipes import TrainingConfig
 from headscale.records import SweepRow, TrainedCell
-from headscale.trial import KIND, SCALED_MODES, Bench, folder_of, run_cell
+from headscale.trials import KIND, SCALED_MODES, Bench, folder_of, run_cell
 
 Configuration = dict[str, Any]
 
@@ -262,7 +262,7 @@ def row_of(configuration: Configuration, run: Path) -> SweepRow:
 
 def row_of_cell(cell: dict[str, Any], folder: Path) -> SweepRow:
     """A tidy row from the content of a `cell.json` and the folder with its log."""
-    from headscale.trial import read_trained
+    from headscale.trials import read_trained
 
     if cell["status"] == "failed":
         return _row(cell["configuration"], "failed", None, cell["result"].get("message", ""))

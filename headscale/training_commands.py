@@ -89,7 +89,7 @@ def trial(
     """
     voice = begin(f"a trial of {backbone}", quiet, debug, run_folder)
     from headscale.render import TRIAL_COLUMNS, show, write_document
-    from headscale.trial import (
+    from headscale.trials import (
         Bench,
         TextSource,
         arms_of,
@@ -186,7 +186,7 @@ def sweep(
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
     from headscale.render import SWEEP_COLUMNS, show, write_document
-    from headscale.trial import Bench, TextSource, calibrated, configuration_of, planned
+    from headscale.trials import Bench, TextSource, calibrated, configuration_of, planned
 
     changes = _changes(locals())
     source = TextSource(_name(pairs), _name(test_pairs), candidates=candidates)

@@ -264,8 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
             stop = start + self.hub.faults.break_after
         for piece in _pieces(path, start, stop):
             time.sleep(self.hub.faults.seconds_per_chunk)
+            self.hub.count(path.name, len(piece))  # before the client can act on it
             self.wfile.write(piece)
-            self.hub.count(path.name, len(piece))
         if stop < end:
             self.close_connection = True
 

@@ -15,7 +15,7 @@ from headscale.cli import run
 from headscale.errors import UsageError
 from headscale.grid import Axes, InProcess, LocalProcesses, pending, row_of, sweep
 from headscale.training import TrainingConfig
-from headscale.trial import TextSource, configuration_of, folder_of
+from headscale.trials import TextSource, configuration_of, folder_of
 
 CONFIG = TrainingConfig(
     steps=3, batch_size=4, lr=1e-3, query_length=12, document_length=16, mode="untie", scale=0.5, device="cpu",

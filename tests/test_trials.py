@@ -23,7 +23,7 @@ from headscale.recipes import recipe
 from headscale.records import SAMENESS_EXCLUDES
 from headscale.steplog import read_steps
 from headscale.training import TrainingConfig, train
-from headscale.trial import (
+from headscale.trials import (
     Bench,
     TextSource,
     arms_of,
@@ -217,11 +217,11 @@ def test_trial_prints_both_arms_and_leaves_with_the_judged_ones_code(capsys: Any
 
 def test_trial_is_stable_where_its_rules_say_so(capsys: Any, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole compressed schedule, judged by a forecast that every run passes."""
-    from headscale import trial, verdict
+    from headscale import trials, verdict
 
     easy = replace(RULES, statistic="loss_over_ln_n", fails_from=1e9, trains_to=1e9, signature_loss=0.0,
                    fading_dims=0.0, settle_share=2.0)  # fmt: skip
-    monkeypatch.setattr(trial, "RULES", easy)
+    monkeypatch.setattr(trials, "RULES", easy)
     monkeypatch.setattr(verdict, "RULES", easy)
     command = ["trial", backbone, "--scale", "0.25", "--steps", "8", "--compressed", "--no-control", *OPTIONS]
     assert run([*command, "--json"]) == 0
