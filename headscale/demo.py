@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from headscale.recipes import TrainingConfig
 
 PACKAGES = ("stdlib", "numpy", "pandas", "scipy")  # scanned in seconds; torch alone takes half a minute
-STEPS = 100  # collapse and rescue both show within it at this learning rate (measured, FACTS of the study in reports/)
+STEPS = 100  # collapse and rescue both show within it at this learning rate (reports/study.md)
 CANDIDATES = 500  # test pairs that are ranked at the end
 QUERY_LENGTH, DOCUMENT_LENGTH = 16, 48
 REFERENCE = f"{bundled.PREFIX}{bundled.REFERENCE}"
