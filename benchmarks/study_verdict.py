@@ -126,6 +126,9 @@ def run_study(run: Path, workers: int, stop_after: float) -> None:
     everything = [one for stage in planned.values() for one in stage]
     todo = pending(everything, run)
     print(f"{len(everything)} cells, {len(everything) - len(todo)} finished already", file=sys.stderr)
+    written = len(ROWS.read_text().splitlines()) - 1 if ROWS.is_file() else 0
+    if written > len(everything) - len(todo):
+        sys.exit(f"`{ROWS}` holds {written} cells, more than `{run}`: move it away, or give the folder it came from")
     started = time.monotonic()
     for done, outcome in enumerate(sweep(todo, run, executor=LocalProcesses(workers, threads=1)), start=1):
         row = row_of(outcome.configuration, run)
