@@ -23,6 +23,7 @@ class SpladeEncoder:
         tokenizer: the model's, from transformers.
         scale: the constant multiplied onto the logits in forward; 1 where it is in the weights.
         scale_bias: whether that constant covers the vocabulary bias.
+        shift: added to the logits before the scale in forward; 0 where it is in the weights.
         mask_special_tokens: leave the positions of special tokens out of the pooling.
     """
 
@@ -33,12 +34,14 @@ class SpladeEncoder:
         *,
         scale: float = 1.0,
         scale_bias: bool = True,
+        shift: float = 0.0,
         mask_special_tokens: bool = False,
     ) -> None:
         self.head = head
         self.tokenizer = tokenizer
         self.scale = scale
         self.scale_bias = scale_bias
+        self.shift = shift
         self.mask_special_tokens = mask_special_tokens
         self.accepted = frozenset(inspect.signature(head.model.forward).parameters)
 
@@ -63,11 +66,13 @@ class SpladeEncoder:
         """Representations (batch, vocab) of what `tokenize` gave, with their graph."""
         inputs = {name: value for name, value in tokens.items() if name in self.accepted}
         features = self.head.features(**inputs)  # (batch, seq, width)
-        scale = self.scale
+        scale, factor, bias = self.scale, self.head.head.factor, self.head.bias
+        if self.shift:
+            added = self.shift / factor * (1.0 if self.scale_bias else scale)
+            bias = self.head.weight.new_full((self.head.vocab_size,), added) if bias is None else bias + added
         if not self.scale_bias and scale != 1.0:  # scaling the features scales the product and spares the bias
             features, scale = features * scale, 1.0
-        factor = self.head.head.factor
-        return splade_pool(features, self.head.weight, self.head.bias, tokens["pooling_mask"], scale=scale * factor)
+        return splade_pool(features, self.head.weight, bias, tokens["pooling_mask"], scale=scale * factor)
 
     def __call__(self, texts: Sequence[str], max_length: int) -> Tensor:
         """Representations (batch, vocab) of texts, with their graph."""

@@ -272,11 +272,11 @@ def row_of_cell(cell: dict[str, Any], folder: Path) -> SweepRow:
 def _row(configuration: Configuration, status: str, trained: TrainedCell | None, message: str) -> SweepRow:
     training = configuration["training"]
     names = ("scale", "mode", "head_lr_multiplier", "lr", "temperature", "lambda_query", "lambda_document",
-             "warmup_ratio", "seed")  # fmt: skip
+             "warmup_ratio", "seed", "shift")  # fmt: skip
     return SweepRow(
         backbone=configuration["backbone"],
         revision=configuration["revision"] if trained is None else trained.revision,
-        **{name: training[name] for name in names},
+        **{name: training[name] for name in names if name in training},
         status=status,
         key=cells.cell_key(configuration),
         message=message,
@@ -301,6 +301,8 @@ def _measured(trained: TrainedCell) -> dict[str, Any]:
         "non_finite_steps": end.non_finite_steps,
         "mrr_dev": None if trained.dev is None else trained.dev.mrr_at_10,
         "mrr_test": None if ranking is None else ranking.mrr_at_10,
+        "ndcg_dev": None if trained.dev is None else trained.dev.ndcg_at_10,
+        "ndcg_test": None if ranking is None else ranking.ndcg_at_10,
         "chance_mrr": None if ranking is None else ranking.chance_mrr_at_10,
         "flops_cost": None if ranking is None else ranking.flops_cost,
         "vocab_size": run.vocab_size,

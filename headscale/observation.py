@@ -67,7 +67,8 @@ def score_statistics(scores: Tensor, *, temperature: float = 1.0) -> dict[str, T
         temperature: of the contrastive loss.
 
     Returns:
-        scalars by name: `batch_accuracy`, `score_mean`, `score_sd` (population), `score_margin`, and
+        scalars by name: `batch_accuracy`, `score_mean`, `score_sd` (population), `score_margin`, `score_within_sd`
+        (about each query's own mean), `score_common` (share of that variance that all queries have in common), and
         `loss_over_ln_n`, the contrastive loss over ln N.
     """
     scores = scores.float()
@@ -75,11 +76,16 @@ def score_statistics(scores: Tensor, *, temperature: float = 1.0) -> dict[str, T
     positive = scores.diagonal()
     others = scores.sum(1) - positive
     beaten = (scores < positive[:, None]).sum(1) == candidates - 1  # a tie, as a NaN, is not beaten
+    within = scores - scores.mean(1, keepdim=True)  # what the softmax sees
+    variance = within.square().mean()
+    common = within.mean(0).square().mean() / variance
     return {
         "batch_accuracy": beaten.float().mean(),
         "score_mean": scores.mean(),
         "score_sd": scores.std(correction=0),
         "score_margin": (positive - others / (candidates - 1)).mean(),
+        "score_within_sd": variance.sqrt(),
+        "score_common": torch.where(variance == 0, torch.ones_like(common), common),
         "loss_over_ln_n": info_nce(scores, temperature=temperature) / math.log(candidates),
     }
 

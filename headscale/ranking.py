@@ -40,7 +40,7 @@ def chance_mrr(candidates: int, cutoff: int = CUTOFF) -> float:
 
 @torch.no_grad()
 def rank_metrics(queries: Tensor, documents: Tensor) -> RankMetrics:
-    """MRR@10 and the sparsity it costs, over a pool of candidates.
+    """MRR@10 and nDCG@10, and the sparsity they cost, over a pool of candidates.
 
     Args:
         queries: (n, V) representations.
@@ -51,6 +51,7 @@ def rank_metrics(queries: Tensor, documents: Tensor) -> RankMetrics:
     """
     ranks = worst_ranks(queries, documents).double()
     reciprocal = torch.where(ranks <= CUTOFF, 1 / ranks, torch.zeros_like(ranks))
+    gain = torch.where(ranks <= CUTOFF, 1 / torch.log2(1 + ranks), torch.zeros_like(ranks))
     pool = len(documents)
     enough = pool >= CUTOFF
     return RankMetrics(
@@ -64,4 +65,5 @@ def rank_metrics(queries: Tensor, documents: Tensor) -> RankMetrics:
         active_dims_document=side_statistics(documents)["active_dims"].item(),
         flops_cost=flops_cost(queries, documents).item(),
         cosine_document=cosine(documents),
+        ndcg_at_10=gain.mean().item() if enough else None,
     )

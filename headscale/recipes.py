@@ -59,6 +59,7 @@ class TrainingConfig(Record):
         scale: the constant on the logits.
         mode: where it is written: "untie", "fold", "logits" (in forward), or "none" (as the model is).
         scale_bias: whether the vocabulary bias is scaled too.
+        shift: added to the logits before the scale, in the bias.
         seed: of the order of the pairs and of dropout.
         device: "auto", or a device of torch.
         update_every: steps between two observations of `update_ratio`.
@@ -95,6 +96,7 @@ class TrainingConfig(Record):
     scale: float = 1.0
     mode: Mode = "none"
     scale_bias: bool = True
+    shift: float = 0.0
     seed: int = 0
     device: str = "auto"
     update_every: int = 1
@@ -138,6 +140,10 @@ def _joint_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"`horizon` {config.horizon} is shorter than `steps` {config.steps}")
     if config.mode == "none" and config.scale != 1.0:
         problems.append(f"the mode `none` leaves the head as it is, so `scale` must be 1, not {config.scale}")
+    if config.mode == "none" and config.shift != 0.0:
+        problems.append(f"the mode `none` leaves the head as it is, so `shift` must be 0, not {config.shift}")
+    if not math.isfinite(config.shift):
+        problems.append(f"`shift` must be finite, not {config.shift}")
     if config.loss != "infonce" and config.negatives < 1:
         problems.append(f"the loss `{config.loss}` needs `negatives` of at least 1")
     if config.loss == "margin-mse" and config.temperature != 1.0:

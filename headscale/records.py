@@ -112,6 +112,9 @@ class StepRecord(Record):
     memory: int  # peak bytes: of the device, or resident on a CPU
     seconds: float
     non_finite: int  # how many of the numbers above are not finite
+    # None in logs of 0.1.0 and before
+    score_within_sd: float | None = None  # of one query's scores about their mean, pooled over the queries
+    score_common: float | None = None  # share of that variance that is the same for every query; 1: none is its own
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class RankMetrics(Record):
     active_dims_document: float
     flops_cost: float
     cosine_document: float | None
+    ndcg_at_10: float | None = None  # 1 / log2(1 + rank) of the one relevant document; None as MRR@10
 
 
 @dataclass(frozen=True)
@@ -538,6 +542,9 @@ class SweepRow(Record):
     verdict_step: int | None = None
     verdict_lr_share: float | None = None
     message: str = ""
+    shift: float = 0.0
+    ndcg_dev: float | None = None  # nDCG@10
+    ndcg_test: float | None = None
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------

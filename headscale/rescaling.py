@@ -73,31 +73,43 @@ def _automatic(head: Head) -> tuple[str, str]:
     )
 
 
-def rescale_(model: nn.Module, scale: float, *, mode: str = "untie", scale_bias: bool = True) -> Head:
+def rescale_(
+    model: nn.Module, scale: float, *, mode: str = "untie", scale_bias: bool = True, shift: float = 0.0
+) -> Head:
     """Multiply the logits of a model by a constant, in its weights, in place.
+
+    logits' = scale x (logits + shift), or with the bias kept scale x (logits - b + shift) + b.
 
     Args:
         model: the model to change; pass a copy to keep the original.
         scale: the factor on the logits, above zero; below one shrinks.
         mode: `untie`, `fold` or `auto`.
         scale_bias: scale the bias with the projection (the support is then unchanged), or keep it.
+        shift: added to every logit before the scale, through the bias.
 
     Returns:
         The head as it is afterwards.
 
     Raises:
-        UnsupportedHeadError: the mode has no exact form for this head.
+        UnsupportedHeadError: the mode has no exact form for this head, or it has no bias to shift.
     """
     import torch
 
     head = find_head(model)
     mode, _ = resolve_mode(head, mode)
+    if shift and head.bias is None:
+        raise UnsupportedHeadError(f"`{head.model_type}` has no bias in its head to shift", hint="leave out the shift")
     with torch.no_grad():
         if mode == "untie":
             _untie(model, head, scale, scale if scale_bias else 1.0)
         else:
             _fold(model, head, scale, scale if scale_bias else 1.0)
-    return find_head(model)
+        head = find_head(model)
+        if shift:
+            assert head.bias is not None
+            tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+            tensors[head.bias].add_(scale * shift / head.factor)  # logits are factor x (features W + bias)
+    return head
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Trainer:
         in_forward = config.mode == "logits"
         self.encoder = SpladeEncoder(
             self.head, tokenizer, scale=config.scale if in_forward else 1.0, scale_bias=config.scale_bias,
-            mask_special_tokens=config.mask_special_tokens,
+            shift=config.shift if in_forward else 0.0, mask_special_tokens=config.mask_special_tokens,
         )  # fmt: skip
         self.passes = Passes(self.encoder, self._autocast, config.micro_batch)
         self.schedule = config.schedule()
@@ -271,5 +271,6 @@ class Trainer:
 
 def _rescaled_head(model: nn.Module, config: TrainingConfig) -> LoadedHead:
     if config.mode in ("untie", "fold"):
-        return LoadedHead(model, rescale_(model, config.scale, mode=config.mode, scale_bias=config.scale_bias))
+        rescaled = rescale_(model, config.scale, mode=config.mode, scale_bias=config.scale_bias, shift=config.shift)
+        return LoadedHead(model, rescaled)
     return load_head(model)

@@ -50,6 +50,7 @@ def trial(
     scale: Annotated[str, typer.Option(metavar="SCALE", help="auto, none, or a constant: 0.0625 or 1/16.")] = "auto",
     reference: Ref = "bert-base-uncased",
     mode: Annotated[str, typer.Option(help="untie, fold or logits.", metavar="MODE")] = "untie",
+    shift: Annotated[float, typer.Option(help="Added to the logits before the scale.")] = 0.0,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm, paired.")] = 1,
     control: Annotated[bool, typer.Option("--control/--no-control", help="Also train the untouched head.")] = True,
     full_length: Annotated[bool, typer.Option("--full-length", help="Go on when the verdict is certain.")] = False,
@@ -117,7 +118,7 @@ def trial(
         given, multiplier = found.scale, multiplier or found.head_lr_multiplier
         voice.note(f"the constant is {given:g}, by {found.match}: {found.match_reason}")
     arms = arms_of(
-        training, given, mode=mode, head_lr_multiplier=multiplier or 1.0,
+        training, given, mode=mode, head_lr_multiplier=multiplier or 1.0, shift=shift,
         name="calibrated" if scale == "auto" else "given", control=control,
     )  # fmt: skip
     _announce(training, voice)

@@ -286,9 +286,9 @@ def ranking_of(model: Any, tokenizer: Any, config: TrainingConfig, pairs: Sequen
     from headscale.head import load_head
     from headscale.ranking import rank_metrics
 
-    scale = config.scale if config.mode == "logits" else 1.0
+    scale, shift = (config.scale, config.shift) if config.mode == "logits" else (1.0, 0.0)
     encoder = SpladeEncoder(
-        load_head(model), tokenizer, scale=scale, scale_bias=config.scale_bias,
+        load_head(model), tokenizer, scale=scale, scale_bias=config.scale_bias, shift=shift,
         mask_special_tokens=config.mask_special_tokens,
     )  # fmt: skip
     queries = encoder.encode([p.query for p in pairs], max_length=config.query_length)
@@ -376,6 +376,7 @@ def arms_of(
     *,
     mode: str = "untie",
     head_lr_multiplier: float = 1.0,
+    shift: float = 0.0,
     name: str = "calibrated",
     control: bool = True,
 ) -> tuple[Arm, ...]:
@@ -386,6 +387,7 @@ def arms_of(
         scale: the constant, or None for the untouched arm alone.
         mode: `untie`, `fold` or `logits`.
         head_lr_multiplier: of the judged arm's head.
+        shift: added to the judged arm's logits before the scale.
         name: of the judged arm.
         control: whether the untouched arm is run too.
 
@@ -394,10 +396,11 @@ def arms_of(
     """
     if mode not in SCALED_MODES:
         raise UsageError(f"`--mode {mode}` is none of {', '.join(SCALED_MODES)}", "see `headscale trial --help`")
-    untouched = Arm("untouched", training.replace(scale=1.0, mode="none", head_lr_multiplier=1.0))
+    untouched = Arm("untouched", training.replace(scale=1.0, mode="none", head_lr_multiplier=1.0, shift=0.0))
     if scale is None:
         return (untouched,)
-    judged = Arm(name, training.replace(scale=scale, mode=mode, head_lr_multiplier=head_lr_multiplier))
+    head = {"scale": scale, "mode": mode, "head_lr_multiplier": head_lr_multiplier, "shift": shift}
+    judged = Arm(name, training.replace(**head))
     return (judged, untouched) if control else (judged,)
 
 
