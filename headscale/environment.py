@@ -55,6 +55,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def launched_processes() -> int:
+    """How many processes `torchrun`, or what sets the same variables, has started together; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() else 1
+
+
+def launched_rank() -> int:
+    """Which of them this is, the first being 0."""
+    return int(os.environ["RANK"]) if launched_processes() > 1 else 0
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

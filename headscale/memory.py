@@ -111,6 +111,15 @@ def check_memory(forecast: MemoryForecast, queries: int, documents: int, micro_b
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator had no room: CUDA's, which has a class of its own, MPS's, the CPU's, or Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+             "MPS backend out of memory")  # fmt: skip
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def available_memory() -> int | None:
     """Bytes that can be taken without swapping, the container's limit included; None where it is not known."""
     known = [value for value in (_system_available(), _container_available()) if value is not None]

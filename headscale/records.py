@@ -167,6 +167,8 @@ class TrainingRun(Record):
     head_parameters: int
     encoder_parameters: int  # without those of the head
     seconds: float
+    processes: int = 1  # that shared every batch
+    texts_at_once: int | None = None  # where memory ran short of what was configured; the gradients are the same
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class TrialArm(Record):
     run: TrainingRun
 
 
-SAMENESS_EXCLUDES = frozenset({"memory", "seconds", "device_reason"})
+SAMENESS_EXCLUDES = frozenset({"memory", "seconds", "device_reason", "texts_at_once"})
 """Fields of these records that may differ between two runs of the same seed on the same device."""
 
 
@@ -278,6 +280,9 @@ class OutputStatistics(Record):
     fp16_headroom: float  # 65,504 over the largest score
     bf16_resolution: float  # spacing of bf16 numbers at the mean score, over the scores' sd
     non_finite: int
+    # None in profiles of 0.1.0 and before
+    score_within_sd: float | None = None  # as in `StepRecord`
+    score_common: float | None = None
 
 
 @dataclass(frozen=True)

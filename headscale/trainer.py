@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from headscale.batches import Batch
-from headscale.device import DeviceChoice, choose_device, peak_memory, reset_peak_memory
+from headscale.device import (
+    DeviceChoice,
+    choose_device,
+    peak_memory,
+    random_states,
+    reset_peak_memory,
+    restore_random_states,
+)
+from headscale.distributed import Team
 from headscale.encoder import SpladeEncoder
 from headscale.errors import MemoryForecastError, UsageError
 from headscale.head import LoadedHead, load_head
+from headscale.memory import is_out_of_memory
 from headscale.objective import Ranking, ranking_loss, regularize
 from headscale.observation import average, batch_statistics, read_off, score_statistics, total_norm
 from headscale.passes import Passes
@@ -31,14 +40,28 @@ class Trainer:
         model: a masked LM; it is moved, brought to fp32, rescaled and trained in place.
         tokenizer: the model's.
         config: the run.
+        team: the processes that share every batch; this one alone by default.
+        tell: told in a sentence where a batch is taken in smaller parts because memory ran short.
 
     Raises:
-        UsageError: a head learning rate for a head that is tied, or a device that is not there.
+        UsageError: a head learning rate for a head that is tied, a device that is not there, or a batch that the
+            processes cannot share equally.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: TrainingConfig,
+        *,
+        team: Team | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> None:
         self.config = config
-        self.choice: DeviceChoice = choose_device(config.device, precision=config.precision)
+        self.team = team or Team()
+        self.team.check(config.batch_size)
+        self.tell = tell
+        self.choice: DeviceChoice = choose_device(self.team.device(config.device), precision=config.precision)
         self.model = model.float().to(self.choice.name).train()
         self.head = _rescaled_head(self.model, config)
         self.head_tied = self.head.head.tied_to is not None
@@ -52,7 +75,9 @@ class Trainer:
             self.head, tokenizer, scale=config.scale if in_forward else 1.0, scale_bias=config.scale_bias,
             shift=config.shift if in_forward else 0.0, mask_special_tokens=config.mask_special_tokens,
         )  # fmt: skip
+        self.team.start_alike(self.model)
         self.passes = Passes(self.encoder, self._autocast, config.micro_batch)
+        self.texts_at_once: int | None = None  # where memory has forced fewer than configured
         self.schedule = config.schedule()
         self.steps_done = 0
         self._collect_parameters()
@@ -93,21 +118,31 @@ class Trainer:
     def step(self, step_batches: Sequence[Batch]) -> StepRecord:
         """One optimizer step over one or several batches, each with its own in-batch negatives.
 
+        Where memory runs short, the step is repeated with half as many texts at once, and so are those after it.
+
         Raises:
-            MemoryForecastError: it does not fit on the GPU.
+            MemoryForecastError: not even one text at a time fits.
         """
         started = time.perf_counter()
         lambdas = self._lambdas()
-        try:
-            observed = [self._backward(batch, lambdas, 1 / len(step_batches)) for batch in step_batches]
-            values = {**average(observed), **self._update()}
-        except torch.OutOfMemoryError:
-            values = None  # leave the handler first: the traceback keeps the batch's tensors alive
-        if values is None:
-            raise self._too_large(step_batches[0])
+        states = random_states(self.choice.name)
+        while (observed := self._gradients(step_batches, lambdas)) is None:
+            self._halve(step_batches[0])
+            restore_random_states(self.choice.name, states)
+        self.team.sum_gradients([*self.head_parameters, *self.encoder_parameters])
+        values = {**average(observed), **self._update()}
         record = self._record(values, lambdas, time.perf_counter() - started)
         self.steps_done += 1
         return record
+
+    def _gradients(self, step_batches: Sequence[Batch], lambdas: tuple[float, float]) -> list[dict[str, float]] | None:
+        """The gradients of all batches, and what each showed; None where memory ran short."""
+        try:
+            return [self._backward(batch, lambdas, 1 / len(step_batches)) for batch in step_batches]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return None  # out of the handler: the traceback keeps the batch's tensors alive
 
     def _lambdas(self) -> tuple[float, float]:
         factor = self.schedule.lambda_factor(self.steps_done)
@@ -115,15 +150,16 @@ class Trainer:
 
     def _backward(self, batch: Batch, lambdas: tuple[float, float], share: float) -> dict[str, float]:
         """Add one batch's gradients, and say what it showed."""
-        reps = self.passes.forward(
-            [(batch.queries, self.config.query_length), (batch.documents, self.config.document_length)]
-        )
-        with self._autocast():
-            ranking, parts = self._objective(reps, batch, lambdas)
-        loss = ranking.loss + parts["weighted_reg_query"] + parts["weighted_reg_document"]
-        torch.autograd.backward([self.scaler.scale(loss * share)])
-        self.passes.backward()
-        return self._observed(reps, ranking, {"loss": loss, **parts})
+        own = self.team.share(batch)
+        sides = [(own.queries, self.config.query_length), (own.documents, self.config.document_length)]
+        reps = self.team.gather(lambda: self.passes.forward(sides), batch.negatives)
+        with self.team.agreed():
+            with self._autocast():
+                ranking, parts = self._objective(reps, batch, lambdas)
+            loss = ranking.loss + parts["weighted_reg_query"] + parts["weighted_reg_document"]
+            torch.autograd.backward([self.scaler.scale(loss * share)])
+            self.passes.backward()
+            return self._observed(reps, ranking, {"loss": loss, **parts})
 
     def _objective(
         self, reps: Sequence[Tensor], batch: Batch, lambdas: tuple[float, float]
@@ -227,46 +263,25 @@ class Trainer:
             values[f"cosine_{side}"] = cosine if filled > 1 else None
         return values
 
-    def _too_large(self, batch: Batch) -> MemoryForecastError:
-        """Find by trying how many texts do fit, so that the hint is true."""
-        size = self.config.micro_batch or len(batch.documents)
-        hint = "not even one text fits: use shorter texts, a smaller model or another device"
-        while size > 1:
-            size //= 2
-            if self._fits(batch, size):
-                hint = f"take {size} texts at a time (`micro_batch` {size}): the gradients are the same"
-                break
-        return MemoryForecastError(
-            f"a batch of {len(batch.queries)} queries and {len(batch.documents)} documents does not fit in the"
-            f" memory of `{self.choice.name}`",
-            hint,
-        )
-
-    def _fits(self, batch: Batch, size: int) -> bool:
-        passes = self.passes
-        passes.forget()
+    def _halve(self, batch: Batch) -> None:
+        """Take half as many texts at once from now on; the mathematics stays (gradient caching, arXiv 2101.06983)."""
+        self.passes.forget()
         self._forget_gradients()
-        try:
-            reserve = None if self.optimizer.state else self._like_optimizer_state()
-            self.passes = Passes(self.encoder, self._autocast, size)
-            self._backward(batch, self._lambdas(), 1.0)
-            del reserve
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            self.passes = passes
-            self._forget_gradients()
-        return True
+        size = self.passes.size or -(-len(batch.documents) // self.team.size)
+        if size == 1:
+            raise MemoryForecastError(
+                f"a batch of {len(batch.queries)} queries and {len(batch.documents)} documents does not fit in the"
+                f" memory of `{self.choice.name}`, not even one text at a time",
+                "use shorter texts, a smaller batch or model, or another device",
+            )
+        self.texts_at_once = self.passes.size = size // 2
+        if self.tell is not None:
+            self.tell(f"memory ran short: taking {size // 2} texts at a time from here on; the gradients are the same")
 
     def _forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         if self._device_type == "cuda":
             torch.cuda.empty_cache()
-
-    def _like_optimizer_state(self) -> list[Tensor]:
-        """As much memory as AdamW will take at its first step: two tensors per parameter."""
-        parameters = [*self.head_parameters, *self.encoder_parameters]
-        return [torch.empty_like(p) for p in parameters for _ in range(2)]
 
 
 def _rescaled_head(model: nn.Module, config: TrainingConfig) -> LoadedHead:

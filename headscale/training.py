@@ -6,7 +6,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from headscale.batches import TextPair, batches
 from headscale.device import seeded
+from headscale.distributed import Team
 from headscale.memory import check_memory, forecast_memory
 from headscale.ranking import rank_metrics
 from headscale.recipes import RECIPES, Recipe, TrainingConfig, recipe
@@ -22,6 +24,7 @@ from headscale.trainer import Trainer
 
 __all__ = ["RECIPES", "Recipe", "Trainer", "TrainingConfig", "recipe", "train"]
 
+_STRIDE = 1_000_003  # between the seeds of two processes: far from the few that people take
 OnStep = Callable[[StepRecord], object]
 
 
@@ -34,6 +37,8 @@ def train(
     evaluation: Sequence[TextPair] = (),
     on_step: OnStep | None = None,
     inplace: bool = False,
+    team: Team | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> TrainingRun:
     """Train a masked LM as a SPLADE encoder for `config.steps` steps and record every one.
 
@@ -45,23 +50,33 @@ def train(
         pairs: queries and documents, `batch_size` of them at least.
         config: the run; `config.scale` is applied as `config.mode` says before the first step.
         evaluation: pairs whose documents are ranked for their queries once training is over.
-        on_step: called with every record as it is made; the run stops where it returns True.
+        on_step: called with every record as it is made; the run stops where it returns True. Of several processes
+            the first one alone calls it, and all do as it says.
         inplace: rescale and train `model` itself.
+        team: the processes that share every batch (`headscale.distributed.join`), each of which makes this call;
+            losses and gradients are those of one process with the whole batch.
+        tell: told in a sentence when memory runs short and a batch is taken in smaller parts.
 
     Returns:
         the run; on Ctrl-C what there is of it, with the status "interrupted".
 
     Raises:
         UsageError: a configuration that does not suit the model, the pairs or the machine.
-        MemoryForecastError: a batch does not fit on the GPU, or is forecast not to fit in the memory of a CPU;
-            the hint names a part of it that does.
+        MemoryForecastError: not even one text at a time fits, or a batch is forecast not to fit in the memory of a
+            CPU; the hint then names a part of it that does.
     """
     started = time.perf_counter()
-    trainer = Trainer(model if inplace else copy.deepcopy(model), tokenizer, config)
+    team = team or Team()
+    with team.agreed():
+        team.check(config.batch_size)
+        own = model if inplace else copy.deepcopy(model)
+    trainer = Trainer(own, tokenizer, config, team=team, tell=tell)
     if trainer.choice.name == "cpu":
-        _check_memory(trainer, pairs)
+        with team.agreed():
+            _check_memory(trainer, pairs)
     steps: list[StepRecord] = []
-    with seeded(config.seed, trainer.choice.name):
+    # Every process draws dropout of its own; the order of the pairs is the same on all.
+    with seeded(config.seed + _STRIDE * team.rank, trainer.choice.name), team.patient():
         status = _run(trainer, pairs, steps, on_step)
         ranking = _evaluated(trainer, evaluation) if evaluation and status != "interrupted" else None
     return TrainingRun(
@@ -80,6 +95,8 @@ def train(
         head_parameters=sum(p.numel() for p in trainer.head_parameters),
         encoder_parameters=sum(p.numel() for p in trainer.encoder_parameters),
         seconds=time.perf_counter() - started,
+        processes=team.size,
+        texts_at_once=trainer.texts_at_once,
     )
 
 
@@ -91,7 +108,7 @@ def _run(trainer: Trainer, pairs: Sequence[TextPair], steps: list[StepRecord], o
         for _ in range(config.steps):
             record = trainer.step(list(islice(stream, config.accumulation)))
             steps.append(record)
-            if on_step is not None and on_step(record) is True:
+            if on_step is not None and trainer.team.first_does(partial(on_step, record)) is True:
                 return "stopped"
             if math.isnan(record.head_norm):  # every later score would be NaN too
                 return "non-finite"
@@ -111,8 +128,10 @@ def _check_memory(trainer: Trainer, pairs: Sequence[TextPair]) -> None:
         [*trainer.head_parameters, *trainer.encoder_parameters],
         trainer.matrices,
     )
-    documents = config.batch_size * (1 + config.negatives)
-    check_memory(forecast, config.batch_size, documents, config.micro_batch)
+    team = trainer.team  # those of its processes that share this machine's memory
+    queries = config.batch_size * team.local_size // team.size
+    forecast = replace(forecast, fixed=forecast.fixed * team.local_size)
+    check_memory(forecast, queries, queries * (1 + config.negatives), config.micro_batch)
 
 
 def _evaluated(trainer: Trainer, pairs: Sequence[TextPair]) -> RankMetrics:
