@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from headscale.errors import MemoryForecastError, NotFoundError, UnreadableError
+from headscale.beir import LAYOUT, Parts, Row, identifier, joined_text, judgement, parts_of
+from headscale.errors import MemoryForecastError, UnreadableError
 
 BUILT_IN = "built-in"
-LAYOUT = "a collection is a folder with `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, as BEIR ships them"
 
 # Bytes of memory per byte of `corpus.jsonl`, ids and tables included. Measured: 1.1 for texts of 1,100 bytes, 1.6
 # for 330, 2.6 for 100, where what Python adds to every string and the table of ids weigh most.
@@ -97,16 +96,17 @@ def builtin_collection(*, tell: Callable[[str], None] | None = None) -> Collecti
     )
 
 
-def read_collection(folder: str | Path, split: str = "test") -> Collection:
-    """Read a collection in the BEIR layout.
+def read_collection(source: str | Path, split: str = "test") -> Collection:
+    """Read a collection in the BEIR layout, or as NanoBEIR lies on the hub.
 
     `corpus.jsonl` holds `{"_id", "title", "text"}` (the title may be absent), `queries.jsonl` `{"_id", "text"}`,
     `qrels/SPLIT.tsv` the columns query-id, corpus-id and score, with or without a header; grades below 1 mean
-    that the document is not relevant. Empty lines are skipped.
+    that the document is not relevant. Empty lines are skipped. Parquet files in folders `corpus`, `queries` and
+    `qrels` hold the same columns (extra `datasets`); so do subsets of a dataset on the hub.
 
     Args:
-        folder: where these files are.
-        split: which file of `qrels`.
+        source: the folder, or `hf:ID`.
+        split: of the judgements; parquet that has one split only is read whatever that is called.
 
     Raises:
         NotFoundError: the folder or one of the files is missing.
@@ -114,17 +114,16 @@ def read_collection(folder: str | Path, split: str = "test") -> Collection:
             or none at all.
         MemoryForecastError: the texts will not fit in memory.
     """
-    root = Path(folder)
-    corpus, queries, qrels = _files(root, split)
-    _check_memory(corpus)
-    documents = _texts(corpus, "document", empty_allowed=True)
-    asked = _texts(queries, "query", empty_allowed=False)
-    grades = _grades(qrels, asked)
+    parts = parts_of(source, split)
+    _check_memory(parts)
+    documents = _texts(parts.corpus(), parts.labels[0], "document", empty_allowed=True)
+    asked = _texts(parts.queries(), parts.labels[1], "query", empty_allowed=False)
+    grades = _grades(parts, asked)
     if not any(grades.values()):
         raise UnreadableError(
-            f"`{qrels}` names no relevant document of any query", "give judgements with scores of 1 or more"
+            f"{parts.labels[2]} names no relevant document of any query", "give judgements with scores of 1 or more"
         )
-    return _joined(str(folder), split, documents, asked, grades)
+    return _joined(str(source), parts.split, documents, asked, grades)
 
 
 def _joined(
@@ -157,165 +156,61 @@ def _own(
     return found if documents[found] == text or documents[found].endswith(f" {text}") else None
 
 
-# --- the files ----------------------------------------------------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------------------------
 
 
-def _files(root: Path, split: str) -> tuple[Path, Path, Path]:
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.is_file() else "does not exist"
-        raise NotFoundError(f"the collection `{root}` {what}", LAYOUT)
-    names = ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        spelled = " and ".join(f"`{name}`" for name in missing)
-        raise NotFoundError(f"the collection `{root}` lacks {spelled}", _hint(root, missing, names[2]))
-    return root / names[0], root / names[1], root / names[2]
-
-
-def _hint(root: Path, missing: list[str], qrels: str) -> str:
-    splits = sorted(file.stem for file in (root / "qrels").glob("*.tsv"))
-    if missing == [qrels] and splits:
-        return f"it has judgements called {', '.join(f'`{s}`' for s in splits)}: pass `--split {splits[0]}`"
-    return LAYOUT
-
-
-def _check_memory(corpus: Path) -> None:
-    size = corpus.stat().st_size
-    if size < _SMALL:
+def _check_memory(parts: Parts) -> None:
+    if parts.nbytes < _SMALL:
         return
     from headscale.memory import available_memory
 
     available = available_memory()
-    if available is not None and size * _MEMORY_RATIO > available:
+    if available is not None and parts.nbytes * _MEMORY_RATIO > available:
         raise MemoryForecastError(
-            f"the texts of `{corpus}` need about {size * _MEMORY_RATIO / 2**30:.1f} GiB of memory,"
+            f"the texts of {parts.labels[0]} need about {parts.nbytes * _MEMORY_RATIO / 2**30:.1f} GiB of memory,"
             f" and {available / 2**30:.1f} GiB are free",
             "evaluate on a machine with more memory, or on a part of the corpus",
         )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers from 1."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = _decoded(path, number, line)
-                if text.strip():
-                    yield number, text
-    except OSError as error:
-        raise UnreadableError(f"`{path}` cannot be read: {error.strerror}", "check its permissions") from None
-
-
-def _decoded(path: Path, number: int, line: bytes) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise UnreadableError(
-            f"`{path}` row {number} is not UTF-8 text", "convert it, for example with `iconv -t UTF-8`"
-        ) from None
-
-
-def _texts(path: Path, kind: str, *, empty_allowed: bool) -> dict[str, str]:
-    """Texts by id, in the order of the file."""
+def _texts(rows: Iterator[Row], label: str, kind: str, *, empty_allowed: bool) -> dict[str, str]:
+    """Texts by id, in their order."""
     texts: dict[str, str] = {}
-    rows: dict[str, int] = {}
-    for number, line in _lines(path):
-        values = _object(path, number, line)
-        identity = _identity(values.get("_id"), path, number)
+    first: dict[str, str] = {}
+    for where, values in rows:
+        identity = identifier(values.get("_id"), where)
         if identity in texts:
             raise UnreadableError(
-                f"`{path}` row {number} repeats the id `{identity}` of row {rows[identity]}",
+                f"{where} repeats the id `{identity}` of {first[identity].rpartition('` ')[2]}",
                 f"give every {kind} an id of its own",
             )
-        texts[identity] = _text(values, path, number, empty_allowed)
-        rows[identity] = number
+        text = joined_text(values, where)
+        if not text and not empty_allowed:
+            raise UnreadableError(f"{where} has an empty `text`", "remove the row or give it a text")
+        texts[identity], first[identity] = text, where
     if not texts:
-        raise UnreadableError(f"`{path}` is empty", LAYOUT)
+        raise UnreadableError(f"{label} is empty", LAYOUT)
     return texts
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise UnreadableError(
-            f"`{path}` row {number} is not a JSON object", "write one object with `_id` and `text` per line"
-        )
-    return values
-
-
-def _identity(value: Any, path: Path, number: int) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value:
-        raise UnreadableError(f"`{path}` row {number} has no `_id`", "every row needs a string of its own under `_id`")
-    if any(character.isspace() for character in value):
-        raise UnreadableError(
-            f"`{path}` row {number} has white space in its id `{value}`", "a TREC run has no room for it: replace it"
-        )
-    return value
-
-
-def _text(values: dict[str, Any], path: Path, number: int, empty_allowed: bool) -> str:
-    """Title and text, joined by a space as BEIR's own models read them."""
-    title, text = values.get("title") or "", values.get("text")
-    if not isinstance(title, str) or not isinstance(text, str):
-        raise UnreadableError(f"`{path}` row {number} has no string under `text`", "every row needs a `text`")
-    joined = f"{title.strip()} {text.strip()}".strip()
-    if not joined and not empty_allowed:
-        raise UnreadableError(f"`{path}` row {number} has an empty `text`", "remove the row or give it a text")
-    return joined
-
-
-def _grades(path: Path, queries: dict[str, str]) -> dict[str, dict[str, int]]:
+def _grades(parts: Parts, queries: dict[str, str]) -> dict[str, dict[str, int]]:
     """Grades above 0 by query and document id."""
-    seen: dict[tuple[str, str], tuple[int, int]] = {}
-    header = True
-    for number, line in _lines(path):
-        fields = [field.strip() for field in line.split("\t")]
-        if header and len(fields) == 3 and _integer(fields[2]) is None:
-            header = False
-            continue
-        header = False
-        query, document, grade = _judgement(fields, path, number)
-        _check_judgement(path, number, query, queries, grade, seen.get((query, document)))
-        seen.setdefault((query, document), (grade, number))
+    seen: dict[tuple[str, str], tuple[int, str]] = {}
+    for where, values in parts.qrels():
+        query, document, grade = judgement(values, where)
+        if query not in queries:
+            raise UnreadableError(
+                f"{where} judges the query `{query}`, which {parts.labels[1]} does not have",
+                "give the files of one collection",
+            )
+        before = seen.setdefault((query, document), (grade, where))
+        if before[0] != grade:
+            raise UnreadableError(
+                f"{where} contradicts {before[1].rpartition('` ')[2]}: {grade} is not {before[0]}",
+                "keep one score for each pair of query and document",
+            )
     grades: dict[str, dict[str, int]] = {}
     for (query, document), (grade, _) in seen.items():
         if grade > 0:
             grades.setdefault(query, {})[document] = grade
     return grades
-
-
-def _judgement(fields: list[str], path: Path, number: int) -> tuple[str, str, int]:
-    grade = _integer(fields[2]) if len(fields) == 3 else None
-    if grade is None or not fields[0] or not fields[1]:
-        raise UnreadableError(
-            f"`{path}` row {number} is not a query id, a document id and a whole number, separated by tabs",
-            "write `query-id<TAB>corpus-id<TAB>score`",
-        )
-    return fields[0], fields[1], grade
-
-
-def _check_judgement(
-    path: Path, number: int, query: str, queries: dict[str, str], grade: int, before: tuple[int, int] | None
-) -> None:
-    if query not in queries:
-        raise UnreadableError(
-            f"`{path}` row {number} judges the query `{query}`, which `queries.jsonl` does not have",
-            "give the files of one collection",
-        )
-    if before is not None and before[0] != grade:
-        raise UnreadableError(
-            f"`{path}` row {number} contradicts row {before[1]}: {grade} is not {before[0]}",
-            "keep one score for each pair of query and document",
-        )
-
-
-def _integer(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None

@@ -1,4 +1,4 @@
-"""Texts to measure and train on: the docstrings that every installation already has, and readers of files.
+"""Texts to measure and train on: the docstrings that every installation already has, and what the user brings.
 
 The built-in corpus is (summary line, start of the body) pairs of docstrings in the packages headscale
 depends on, read from the user's own installation: sources are scanned as text, nothing is imported.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headscale.docstrings import PACKAGES, Row, digest, package_rows
-from headscale.errors import NotFoundError, UnreadableError, UsageError
+from headscale.errors import UsageError
 
 Split = Literal["train", "dev", "test"]
 
@@ -23,11 +23,20 @@ DOCUMENT_CHARS = 1000  # the part of a body used as a pair's document, about 200
 
 @dataclass(frozen=True)
 class Pair:
-    """A query, a document that answers it, and optionally documents that do not."""
+    """A query, a document that answers it, and optionally documents that do not.
+
+    Args:
+        query: the query's text.
+        document: the text of a document that answers it.
+        negatives: texts of documents that do not, the hardest or best trusted first.
+        scores: a teacher's, of the document and of every negative in their order, in the teacher's own unit (raw
+            logits of a cross-encoder, as a rule); empty without a teacher.
+    """
 
     query: str
     document: str
     negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The pair as plain values."""
@@ -171,10 +180,10 @@ def _cut(text: str, limit: int) -> str:
 
 
 def corpus_fingerprint(pairs: Iterable[Pair | str]) -> str:
-    """16 hexadecimal digits that change with any text of a corpus, or with their order."""
+    """16 hexadecimal digits that change with any text or score of a corpus, or with their order."""
     total = hashlib.sha256()
     for pair in pairs:
-        fields = [pair] if isinstance(pair, str) else [pair.query, pair.document, *pair.negatives]
+        fields = [pair] if isinstance(pair, str) else [pair.query, pair.document, *pair.negatives, *pair.scores]
         total.update(json.dumps(fields).encode() + b"\n")
     return total.hexdigest()[:16]
 
@@ -182,102 +191,32 @@ def corpus_fingerprint(pairs: Iterable[Pair | str]) -> str:
 # --- files of the user's own ----------------------------------------------------------------------
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs of a file: `query<TAB>document[<TAB>negative...]`, or one JSON object per line.
+def read_pairs(source: str | Path, *, limit: int | None = None) -> list[Pair]:
+    """Pairs from wherever they are; `headscale.readers.iterate_pairs` says from where, and what it raises.
 
-    JSON objects hold `query` (or `anchor`), `document` (or `positive` or `pos`), and optionally `negatives`
-    (or `negative` or `neg`): a string or a list. The suffix decides (`.jsonl`, `.tsv`), else the first line.
+    Args:
+        source: a file, a folder in BEIR or NanoBEIR layout, or `hf:ID[:SUBSET][:SPLIT]`; `SOURCE[:N]` is its first N.
+        limit: of the pairs read; what follows is not looked at.
+
+    Raises:
+        MemoryForecastError: they will not fit in memory.
+    """
+    from headscale.readers import collected_pairs
+
+    return collected_pairs(source, limit)
+
+
+def read_texts(path: str | Path, *, limit: int | None = None) -> list[str]:
+    """Texts of a file (`.gz` too): one per line, or JSON objects with `text`, one per line.
 
     Args:
         path: a UTF-8 text file; empty lines are skipped.
+        limit: of the texts read; what follows is not looked at.
 
     Raises:
         NotFoundError: no such file.
-        UnreadableError: empty, not UTF-8 (the message says at which byte), or a bad row (it says which).
+        UnreadableError: empty, not UTF-8, or a bad row (the message says which).
     """
-    rows = _numbered_lines(Path(path))
-    parse = _pair_from_json if _is_jsonl(Path(path), rows[0][1]) else _pair_from_tsv
-    return [parse(Path(path), number, line) for number, line in rows]
+    from headscale.readers import collected_texts
 
-
-def read_texts(path: str | Path) -> list[str]:
-    """Texts of a file: one per line, or JSON objects with `text`, one per line.
-
-    Arguments and errors are those of `read_pairs`.
-    """
-    rows = _numbered_lines(Path(path))
-    if not _is_jsonl(Path(path), rows[0][1]):
-        return [line.strip() for _, line in rows]
-    hint = "every line needs a JSON object with a `text` string"
-    return [_field(_object(Path(path), n, line, hint), ("text",), Path(path), n, hint) for n, line in rows]
-
-
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not empty, with their numbers from 1."""
-    if not path.exists():
-        raise NotFoundError(f"no such file: `{path}`", "check the path; it is taken relative to the current folder")
-    if path.is_dir():
-        raise UnreadableError(f"`{path}` is a folder, not a text file", "give a file inside it")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnreadableError(
-            f"`{path}` is not UTF-8 text: byte {error.start} cannot be decoded",
-            "convert it, for example with `iconv -t UTF-8`",
-        ) from None
-    except OSError as error:
-        raise UnreadableError(f"`{path}` cannot be read: {error.strerror}", "check its permissions") from None
-    rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not rows:
-        raise UnreadableError(f"`{path}` is empty", "write one text or one pair per line")
-    return rows
-
-
-def _is_jsonl(path: Path, first: str) -> bool:
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return True
-    return path.suffix.lower() != ".tsv" and first.lstrip().startswith("{")
-
-
-_PAIR_HINT = "write `query<TAB>document[<TAB>negative...]`, or JSON objects with `query` and `document`"
-
-
-def _pair_from_tsv(path: Path, number: int, line: str) -> Pair:
-    fields = [field.strip() for field in line.rstrip("\r").split("\t")]
-    if len(fields) < 2:
-        raise UnreadableError(f"`{path}` row {number} has one column, not two or more", _PAIR_HINT)
-    if not all(fields):
-        empty = fields.index("") + 1
-        raise UnreadableError(f"`{path}` row {number} has an empty column {empty}", _PAIR_HINT)
-    return Pair(fields[0], fields[1], tuple(fields[2:]))
-
-
-def _pair_from_json(path: Path, number: int, line: str) -> Pair:
-    values = _object(path, number, line, _PAIR_HINT)
-    query = _field(values, ("query", "anchor"), path, number, _PAIR_HINT)
-    document = _field(values, ("document", "positive", "pos"), path, number, _PAIR_HINT)
-    negatives: Any = next((values[key] for key in ("negatives", "negative", "neg") if key in values), [])
-    negatives = [negatives] if isinstance(negatives, str) else negatives
-    if not isinstance(negatives, list) or not all(isinstance(one, str) for one in negatives):
-        raise UnreadableError(f"`{path}` row {number} has negatives that are not text", _PAIR_HINT)
-    return Pair(query, document, tuple(negatives))
-
-
-def _object(path: Path, number: int, line: str, hint: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UnreadableError(f"`{path}` row {number} is not a JSON object", hint)
-    return values
-
-
-def _field(values: dict[str, Any], names: tuple[str, ...], path: Path, number: int, hint: str) -> str:
-    """The first of the named fields that is there; a list of one text counts as the text."""
-    value = next((values[name] for name in names if name in values), None)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, str) or not value.strip():
-        raise UnreadableError(f"`{path}` row {number} has no text under `{names[0]}`", hint)
-    return value.strip()
+    return collected_texts(path, limit)

@@ -109,7 +109,7 @@ BAD = [
     ({"qrels": QRELS + "q1\tb\tmuch\n"}, "row 7 is not a query id"),
     ({"qrels": QRELS + "q1 0 b 1\n"}, "row 7 is not a query id"),
     ({"qrels": QRELS + "q1\t\t1\n"}, "row 7 is not a query id"),
-    ({"qrels": QRELS + "q9\ta\t1\n"}, "row 7 judges the query `q9`, which `queries.jsonl` does not have"),
+    ({"qrels": QRELS + "q9\ta\t1\n"}, "queries.jsonl` does not have"),
     ({"qrels": QRELS + "q1\ta\t1\n"}, "row 7 contradicts row 2: 1 is not 2"),
     ({"qrels": "q1\ta\t0\n"}, "names no relevant document of any query"),
     ({"qrels": ""}, "names no relevant document of any query"),

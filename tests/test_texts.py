@@ -1,5 +1,4 @@
 import ast
-import json
 import sys
 import sysconfig
 from pathlib import Path
@@ -9,8 +8,8 @@ import pytest
 from headscale import docstrings as scanning
 from headscale import texts
 from headscale.docstrings import PACKAGES, docstrings, split_docstring, text_keys
-from headscale.errors import NotFoundError, UnreadableError, UsageError
-from headscale.texts import Pair, builtin_pairs, builtin_texts, corpus_fingerprint, group_ids, read_pairs, read_texts
+from headscale.errors import UsageError
+from headscale.texts import Pair, builtin_pairs, builtin_texts, corpus_fingerprint, group_ids
 
 FEW = ("stdlib", "numpy")
 
@@ -209,81 +208,7 @@ def test_unknown_names_are_usage_errors():
     assert caught.value.hint == f"choose from {', '.join(PACKAGES)}"
 
 
-# --- the readers -----------------------------------------------------------------------------------
-
-
-def write(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def test_pairs_from_tsv(tmp_path):
-    path = write(tmp_path, "p.tsv", "\ufeffq1\td1\r\n\nq2\td2\tn1\tn2\n")
-    assert read_pairs(path) == [Pair("q1", "d1"), Pair("q2", "d2", ("n1", "n2"))]
-
-
-def test_line_separators_inside_a_text_do_not_split_it(tmp_path):
-    path = write(tmp_path, "p.tsv", "q\u2028x\td\x0cy\n")
-    assert read_pairs(path) == [Pair("q\u2028x", "d\x0cy")]
-
-
-@pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
-def test_pairs_from_json_lines_in_every_spelling(tmp_path, name):
-    rows = [
-        {"query": "q1", "document": "d1", "negatives": ["n1", "n2"], "id": 7},
-        {"query": "q2", "positive": "d2", "negative": "n3"},
-        {"anchor": "q3", "pos": ["d3"], "neg": []},
-    ]
-    path = write(tmp_path, name, "\n".join(map(json.dumps, rows)))
-    assert read_pairs(path) == [Pair("q1", "d1", ("n1", "n2")), Pair("q2", "d2", ("n3",)), Pair("q3", "d3")]
-
-
-def test_texts_from_lines_and_from_json(tmp_path):
-    assert read_texts(write(tmp_path, "t.txt", "one \n\n two\n")) == ["one", "two"]
-    assert read_texts(write(tmp_path, "t.jsonl", '{"text": "one"}\n{"text": "two", "id": 1}\n')) == ["one", "two"]
-
-
-PAIR_HINT = "write `query<TAB>document[<TAB>negative...]`, or JSON objects with `query` and `document`"
-TEXT_HINT = "every line needs a JSON object with a `text` string"
-
-
-@pytest.mark.parametrize(
-    ("reader", "name", "content", "message", "hint"),
-    [
-        (read_pairs, "p.tsv", "q\td\nalone\n", "row 2 has one column, not two or more", PAIR_HINT),
-        (read_pairs, "p.tsv", "q\td\n\nq\t\tn\n", "row 3 has an empty column 2", PAIR_HINT),
-        (read_pairs, "p.jsonl", '{"query": "q", "pos": "d"}\nq\td\n', "row 2 is not a JSON object", PAIR_HINT),
-        (read_pairs, "p.jsonl", '{"query": "q"}', "row 1 has no text under `document`", PAIR_HINT),
-        (read_pairs, "p.jsonl", '{"query": " ", "pos": "d"}', "row 1 has no text under `query`", PAIR_HINT),
-        (read_pairs, "p", '{"query": "q", "pos": "d", "neg": [1]}', "row 1 has negatives that are not text", PAIR_HINT),
-        (read_texts, "t.jsonl", '{"text": "a"}\n["b"]', "row 2 is not a JSON object", TEXT_HINT),
-        (read_texts, "t.jsonl", '{"body": "a"}', "row 1 has no text under `text`", TEXT_HINT),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path, reader, name, content, message, hint):
-    path = write(tmp_path, name, content)
-    with pytest.raises(UnreadableError) as caught:
-        reader(path)
-    assert (caught.value.message, caught.value.hint) == (f"`{path}` {message}", hint)
-    assert caught.value.exit_code == 3
-
-
-@pytest.mark.parametrize("reader", [read_pairs, read_texts])
-def test_a_file_that_is_no_text_is_refused(tmp_path, reader):
-    with pytest.raises(NotFoundError) as missing:
-        reader(tmp_path / "absent.tsv")
-    assert missing.value.message == f"no such file: `{tmp_path / 'absent.tsv'}`"
-    assert missing.value.hint == "check the path; it is taken relative to the current folder"
-    for content in ("", "\n \n", "\ufeff"):
-        path = write(tmp_path, "empty.tsv", content)
-        with pytest.raises(UnreadableError) as empty:
-            reader(path)
-        assert (empty.value.message, empty.value.hint) == (f"`{path}` is empty", "write one text or one pair per line")
-    path = write(tmp_path, "latin.tsv", "caf\xe9\tau lait".encode("latin-1"))
-    with pytest.raises(UnreadableError) as latin:
-        reader(path)
-    assert latin.value.message == f"`{path}` is not UTF-8 text: byte 3 cannot be decoded"
-    assert latin.value.hint == "convert it, for example with `iconv -t UTF-8`"
-    with pytest.raises(UnreadableError, match=r"is a folder, not a text file$"):
-        reader(tmp_path)
+def test_the_fingerprint_sees_the_teacher():
+    pair = Pair("q", "d", ("n",))
+    scored = Pair("q", "d", ("n",), (2.0, 1.0))
+    assert len({corpus_fingerprint([one]) for one in (pair, scored, Pair("q", "d", ("n",), (1.0, 2.0)))}) == 3
