@@ -23,6 +23,7 @@ from headscale.records import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from headscale.head import LoadedHead
@@ -272,17 +273,26 @@ def _logit_statistics(loaded: LoadedHead, features: Tensor) -> LogitStatistics:
     cosine = (units.sum(0).square().sum() - count) / (count * (count - 1)) if count > 1 else math.nan
     values = logits.cpu().numpy().reshape(-1)
     mean, sd, above = values.mean(dtype=np.float64), values.std(dtype=np.float64), (values > 0).mean()
-    places = np.round(np.array(ROW_NORM_QUANTILES) / 100 * (len(values) - 1)).astype(int)
-    values.partition(places)  # in place: a sort would take three times the memory
     return LogitStatistics(
         mean=float(mean),
         sd=float(sd),
-        quantiles=tuple(float(values[i]) for i in places),
+        quantiles=_quantiles(values),
         above_zero=float(above),
         hidden_cosine=float(cosine),
         hidden_norm=float(norms.mean()),
         tokens=count,
     )
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, ...]:
+    """The values nearest to `ROW_NORM_QUANTILES` percent; reorders them, () of none."""
+    import numpy as np
+
+    if not len(values):
+        return ()
+    places = np.round(np.array(ROW_NORM_QUANTILES) / 100 * (len(values) - 1)).astype(int)
+    values.partition(places)  # in place: a sort would take three times the memory
+    return tuple(float(values[i]) for i in places)
 
 
 # --- at one constant -----------------------------------------------------------------------------------------------
@@ -382,6 +392,7 @@ def _side_statistics(reps: Tensor, side: Side) -> SideStatistics:
         l2=float(reps.norm(dim=1).mean()),
         flops_reg=float(reps.mean(0).square().sum()),
         mean_cosine=cosine(reps),
+        weight_quantiles=_quantiles(reps[reps > 0].numpy()),
         **_winners(reps, side, total),
     )
 

@@ -254,6 +254,7 @@ class SideStatistics(Record):
     special_share: float  # of the pooled mass, won by special tokens
     first_position_share: float  # of the pooled mass, won by the first position
     position_histogram: tuple[float, ...]  # share of the pooled mass by tenth of the text, special tokens included
+    weight_quantiles: tuple[float, ...] = ()  # of those above zero, at ROW_NORM_QUANTILES percent; () in old cells
 
 
 @dataclass(frozen=True)

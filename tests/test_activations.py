@@ -130,7 +130,13 @@ def side_oracle(logits: list[np.ndarray], scale: float) -> dict[str, Any]:
         "special_share": special / (total or 1.0),
         "first_position_share": first / (total or 1.0),
         "position_histogram": tuple(histogram / (total or 1.0)),
+        "weight_quantiles": weights_above_zero(reps),
     }
+
+
+def weights_above_zero(reps: np.ndarray) -> tuple[float, ...]:
+    active = reps[reps > 0]
+    return tuple(np.quantile(active, q / 100, method="nearest") for q in ROW_NORM_QUANTILES) if len(active) else ()
 
 
 def score_oracle(queries: np.ndarray, documents: np.ndarray, batch: int) -> dict[str, float]:
@@ -146,6 +152,8 @@ def score_oracle(queries: np.ndarray, documents: np.ndarray, batch: int) -> dict
                 "score_mean": scores.mean(),
                 "score_sd": scores.std(),
                 "score_margin": (right - wrong).mean(),
+                "score_within_sd": math.sqrt(scores.var(axis=1).mean()),
+                "score_common": (scores - scores.mean(1, keepdims=True)).mean(0).var() / scores.var(axis=1).mean(),
                 "loss": loss,
                 "loss_over_ln_n": loss / math.log(batch),
                 "batch_accuracy": np.mean(best),
