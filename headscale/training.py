@@ -78,7 +78,8 @@ def train(
     # Every process draws dropout of its own; the order of the pairs is the same on all.
     with seeded(config.seed + _STRIDE * team.rank, trainer.choice.name), team.patient():
         status = _run(trainer, pairs, steps, on_step)
-        ranking = _evaluated(trainer, evaluation) if evaluation and status != "interrupted" else None
+        ranked = evaluation and status != "interrupted"
+        ranking = team.first_does(partial(_evaluated, trainer, evaluation)) if ranked else None
     return TrainingRun(
         config=config.to_dict(),
         status=status,
