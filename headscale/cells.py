@@ -22,7 +22,11 @@ _FIELDS = {"kind": str, "configuration": dict, "key": str, "result": dict, "stat
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, never a part."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"  # before anything is touched: it may fail
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that a reader sees the old file or the whole new one, never a part."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, text)

@@ -12,13 +12,20 @@ from typing import Annotated
 
 import typer
 
-from headscale import __version__, measuring_commands, training_commands
+from headscale import __version__, measuring_commands, report_commands, training_commands
 from headscale.errors import HeadscaleError, UsageError
 from headscale.options import Debug, Json, Quiet
 from headscale.render import Voice
 from headscale.shell import app, begin, state
 
-__all__ = ["app", "main", "measuring_commands", "run", "training_commands"]  # importing them registers them
+__all__ = [
+    "app",
+    "main",
+    "measuring_commands",
+    "report_commands",
+    "run",
+    "training_commands",
+]  # importing them registers them
 
 
 def main() -> None:
