@@ -19,7 +19,10 @@ Ref = Annotated[
     str, typer.Option("--reference", metavar="NAME", help="An id, a directory or a profile to compare with.")
 ]
 TextFile = Annotated[Path | None, typer.Option("--texts", metavar="FILE", help="Texts, one a line or JSONL.")]
-PairFile = Annotated[Path | None, typer.Option("--pairs", metavar="FILE", help="Query-document pairs, TSV or JSONL.")]
+PairFile = Annotated[
+    str | None,
+    typer.Option("--pairs", metavar="SOURCE", help="TSV, JSONL, parquet, a BEIR folder, hf:ID; or SOURCE[:N]."),
+]
 Count = Annotated[int, typer.Option("--num-pairs", min=1, help="How many pairs to measure on.")]
 QueryLength = Annotated[int, typer.Option(min=3, help="Tokens of a query, special ones included.")]
 DocumentLength = Annotated[int, typer.Option(min=3, help="Tokens of a document, special ones included.")]
@@ -39,10 +42,12 @@ LambdaQuery = Annotated[float | None, typer.Option(help="Weight of the queries' 
 LambdaDocument = Annotated[float | None, typer.Option(help="Weight of the documents' regularizer.")]
 BatchSize = Annotated[int | None, typer.Option(min=2, help="Queries per batch, each a negative of the others.")]
 MicroBatch = Annotated[int | None, typer.Option(min=1, help="Texts that go through the model at once.")]
-Negatives = Annotated[int, typer.Option(min=0, help="Hard negatives taken from each pair.")]
+Negatives = Annotated[
+    int | None, typer.Option(min=0, help="Hard negatives of each pair; by default the recipe's, where there are any.")
+]
 TrainQueryLength = Annotated[int | None, typer.Option("--query-length", min=3, help="Tokens of a query.")]
 TrainDocumentLength = Annotated[int | None, typer.Option("--document-length", min=3, help="Tokens of a document.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 TrainDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-TestPairs = Annotated[Path | None, typer.Option("--test-pairs", metavar="FILE", help="Pairs to rank at the end.")]
+TestPairs = Annotated[str | None, typer.Option("--test-pairs", metavar="SOURCE", help="Pairs to rank at the end.")]
 Candidates = Annotated[int, typer.Option(min=0, help="Pairs that are ranked at the end; 0: none.")]

@@ -49,7 +49,7 @@ def watched(loading: Loading, bar: Callable[[int, int], None]) -> Loading:
 
 
 def texts_from_options(
-    texts: Path | None, pairs: Path | None, count: int, query_length: int, document_length: int, voice: Voice
+    texts: Path | None, pairs: str | None, count: int, query_length: int, document_length: int, voice: Voice
 ) -> Texts:
     """The pairs to measure on: a file of pairs, a file of texts, or the built-in docstrings."""
     from headscale.activations import CANDIDATES, Encoding
@@ -60,10 +60,10 @@ def texts_from_options(
         raise UsageError("`--texts` and `--pairs` exclude each other", hint="give the one that holds your data")
     encoding = Encoding(query_length, document_length, CANDIDATES)
     if pairs is not None:
-        return texts_of(read_pairs(pairs)[:count], str(pairs), encoding)
+        return texts_of(read_pairs(pairs, limit=count), str(pairs), encoding)
     if texts is not None:
         voice.note("plain texts: the first third of each asks for the rest of it")
-        return texts_of(halves(read_texts(texts)[:count]), str(texts), encoding)
+        return texts_of(halves(read_texts(texts, limit=count)), str(texts), encoding)
     return built_in_texts(
         pairs=count,
         query_length=query_length,

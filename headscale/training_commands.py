@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +68,7 @@ def trial(
     lambda_document: LambdaDocument = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
-    negatives: Negatives = 0,
+    negatives: Negatives = None,
     query_length: TrainQueryLength = None,
     document_length: TrainDocumentLength = None,
     precision: Precision = "fp32",
@@ -75,6 +76,9 @@ def trial(
     pairs: PairFile = None,
     test_pairs: TestPairs = None,
     candidates: Candidates = 500,
+    save_model: Annotated[
+        Path | None, typer.Option("--save-model", metavar="DIR", help="Keep the judged arm's model of seed 0.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     output: Output = None,
@@ -97,17 +101,19 @@ def trial(
         calibrated,
         configuration_of,
         lean,
+        negatives_of,
         planned,
         result_of,
         run_cell,
         shown_steps,
     )
 
-    changes = _changes(locals())
-    source = TextSource(_name(pairs), _name(test_pairs), candidates=candidates)
+    source = TextSource(pairs, test_pairs, candidates=candidates)
+    changes = {**_changes(locals()), "negatives": negatives_of(recipe, negatives, source)}
     training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
     given = None if scale in ("auto", "none") else _constant(scale, "--scale")
     arms_of(training, given or 1.0, mode=mode)  # refuses what cannot be taken before anything is loaded
+    keeping = None if save_model is None else _keeping(save_model, mode if scale != "none" else "none", voice)
     bench = Bench(voice.note)
     bench.backbone(backbone, revision, trust_remote_code=trust_remote_code)
     corpus = bench.corpus(source)
@@ -131,7 +137,12 @@ def trial(
             )  # fmt: skip
             with voice.progress(f"{arm.name}, seed {seed}") as bar:
                 watch = shown_steps(bar, training.steps)
-                cells[arm.name].append(run_cell(configuration, run_folder, bench=bench, on_step=watch, force=force))
+                cells[arm.name].append(
+                    run_cell(
+                        configuration, run_folder, bench=bench, on_step=watch, force=force,
+                        on_trained=keeping if seed == 0 and arm is arms[0] else None,
+                    )
+                )  # fmt: skip
     results = [result_of(backbone, arm, cells[arm.name]) for arm in arms]
     for result in results:
         _judged(result, voice)
@@ -164,7 +175,7 @@ def sweep(
     lambda_document: LambdaDocument = None,
     batch_size: BatchSize = None,
     micro_batch: MicroBatch = None,
-    negatives: Negatives = 0,
+    negatives: Negatives = None,
     query_length: TrainQueryLength = None,
     document_length: TrainDocumentLength = None,
     precision: Precision = "fp32",
@@ -187,10 +198,10 @@ def sweep(
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
     from headscale.render import SWEEP_COLUMNS, show, write_document
-    from headscale.trials import Bench, TextSource, calibrated, configuration_of, planned
+    from headscale.trials import Bench, TextSource, calibrated, configuration_of, negatives_of, planned
 
-    changes = _changes(locals())
-    source = TextSource(_name(pairs), _name(test_pairs), candidates=candidates)
+    source = TextSource(pairs, test_pairs, candidates=candidates)
+    changes = {**_changes(locals()), "negatives": negatives_of(recipe, negatives, source)}
     training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
     axes = grid.Axes(
         scales=(), modes=_listed(modes, "--modes"), seeds=tuple(range(seeds)),
@@ -299,10 +310,6 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
-def _name(file: Path | None) -> str | None:
-    return None if file is None else str(file)
-
-
 def _listed(text: str, option: str = "") -> tuple[str, ...]:
     """The parts of a comma-separated option; one that must not be empty is named."""
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -323,6 +330,19 @@ def _constant(text: str, option: str) -> float:
     if not 0 < value < math.inf:
         raise UsageError(f"`{option} {text}` is not a number above zero", "write it as 0.0625 or 1/16")
     return value
+
+
+def _keeping(target: Path, mode: str, voice: Voice) -> Callable[[Any, Any, Any], None]:
+    """What is done with the model that `--save-model` asks for."""
+    from headscale.saving import check_savable, save_trained
+
+    check_savable(mode, target)
+
+    def keep(model: Any, tokenizer: Any, training: Any) -> None:
+        error = save_trained(model, tokenizer, target, training)
+        voice.note(f"the trained model is in `{target}`; loaded again, it differs by {error:.1e} of the largest weight")
+
+    return keep
 
 
 def _announce(training: Any, voice: Voice) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from headscale.verdict import RULES, Clock, Rules, Watch, worst
 
 if TYPE_CHECKING:
     from headscale.backbone import Backbone
+    from headscale.distributed import Team
     from headscale.records import Calibration, RankMetrics
     from headscale.render import Progress
     from headscale.texts import Pair
@@ -27,6 +30,7 @@ SCALED_MODES = ("untie", "fold", "logits")
 CANDIDATES = 500  # pairs that are ranked at the end, of each split
 
 OnStep = Callable[[StepRecord, TrialVerdict], object]
+OnTrained = Callable[[Any, Any, TrainingConfig], object]
 
 
 # --- texts -------------------------------------------------------------------------------------------------------
@@ -53,8 +57,8 @@ class TextSource(Record):
     """Where a cell's texts are, so that another process can read them.
 
     Args:
-        pairs: a file of training pairs; None: the built-in docstrings.
-        test_pairs: a file of pairs that are ranked at the end; built-in test and dev pairs without one, if `pairs`
+        pairs: a source of training pairs, as `headscale.texts.read_pairs` takes it; None: the built-in docstrings.
+        test_pairs: a source of pairs that are ranked at the end; built-in test and dev pairs without one, if `pairs`
             is None too.
         packages: of the built-in docstrings.
         candidates: pairs of each split that are ranked at the end; 0: none.
@@ -71,7 +75,7 @@ class TextSource(Record):
         """The pairs; raises what the readers of `headscale.texts` raise."""
         from headscale.texts import builtin_pairs, read_pairs
 
-        test = read_pairs(self.test_pairs)[: self.candidates] if self.test_pairs else []
+        test = read_pairs(self.test_pairs, limit=self.candidates) if self.test_pairs else []
         if self.pairs is not None:
             return Corpus(read_pairs(self.pairs), (), test)
         train = builtin_pairs("train", packages=self.packages, progress=tell)
@@ -90,9 +94,11 @@ class Bench:
 
     Args:
         tell: told in a sentence what is loaded or reused.
+        team: the processes that share every batch, each with a bench of its own; the first one alone writes.
     """
 
     tell: Callable[[str], None] | None = None
+    team: Team | None = None
     backbones: dict[str, Backbone] = field(default_factory=dict)
     corpora: dict[TextSource, Corpus] = field(default_factory=dict)
 
@@ -123,6 +129,7 @@ def configuration_of(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stop_early: bool = False,
+    identity: Any = None,
 ) -> dict[str, Any]:
     """Everything that decides a cell, as plain JSON values.
 
@@ -134,11 +141,12 @@ def configuration_of(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run a repository's own modelling code.
         stop_early: end the run once its verdict is certain; the rules are then part of what decides it.
+        identity: of a backbone that is in memory only; by default what its name stands for.
     """
     return {
         "backbone": backbone,
         "revision": revision,
-        "identity": identity_of(backbone, revision),
+        "identity": identity_of(backbone, revision) if identity is None else identity,
         "trust_remote_code": trust_remote_code,
         "training": training.to_dict(),
         "texts": {**texts.to_dict(), "fingerprints": corpus.fingerprints()},
@@ -185,6 +193,7 @@ def run_cell(
     *,
     bench: Bench | None = None,
     on_step: OnStep | None = None,
+    on_trained: OnTrained | None = None,
     force: bool = False,
 ) -> TrainedCell:
     """The training that a configuration describes: from its folder if it is finished there, else run and kept.
@@ -194,6 +203,7 @@ def run_cell(
         run: the run folder.
         bench: backbones and texts that are in memory already.
         on_step: called with every step's record and the verdict so far.
+        on_trained: called with model, tokenizer and training at the end; a finished cell is then run again.
         force: run it again.
 
     Raises:
@@ -202,24 +212,37 @@ def run_cell(
     """
     bench = bench or Bench()
     folder = folder_of(configuration, run)
-    kept = None if force else finished_cell(folder, configuration)
+    team = team_of(bench)
+    kept = None if force or on_trained else team.first_does(partial(finished_cell, folder, configuration))
     if kept is not None:
         if bench.tell is not None:
             bench.tell(f"reusing `{folder}`")
         return kept
-    (folder / cells.CELL).unlink(missing_ok=True)  # of an interrupted or failed attempt
-    cell, interrupted = _train_cell(configuration, folder, bench, on_step)
+    if team.is_first:
+        (folder / cells.CELL).unlink(missing_ok=True)  # of an interrupted or failed attempt
+    cell, model, interrupted = _train_cell(configuration, folder, bench, on_step)
     lean = replace(cell, run=replace(cell.run, steps=()))
     status = "interrupted" if interrupted else "done"
-    cells.write_cell(folder, KIND, configuration, lean.to_dict(), status=status)
+    team.first_does(lambda: cells.write_cell(folder, KIND, configuration, lean.to_dict(), status=status))
     if interrupted:
         raise KeyboardInterrupt
+    if on_trained is not None:
+        backbone = bench.backbone(configuration["backbone"], configuration["revision"])
+        team.first_does(partial(on_trained, model, backbone.tokenizer, training_of(configuration)))
     return cell
+
+
+def team_of(bench: Bench) -> Team:
+    """The bench's team, or this process alone."""
+    from headscale.distributed import Team
+
+    return bench.team or Team()
 
 
 def _train_cell(
     configuration: dict[str, Any], folder: Path, bench: Bench, on_step: OnStep | None
-) -> tuple[TrainedCell, bool]:
+) -> tuple[TrainedCell, Any, bool]:
+    """The cell, the model as training left it, and whether it was interrupted."""
     import copy
 
     from headscale import training as training_module  # looked up late, so that a test can put another in its place
@@ -234,26 +257,36 @@ def _train_cell(
     vocab = backbone.loaded.vocab_size
     watch = Watch(config, candidates=candidates_of(config), vocab_size=vocab, rules=stop or RULES)
     model = copy.deepcopy(backbone.model)
-    with StepLog(folder / cells.STEPS) as log:
+    team = team_of(bench)
+    with contextlib.ExitStack() as stack:
+        with team.agreed():
+            log = stack.enter_context(StepLog(folder / cells.STEPS)) if team.is_first else None
 
         def observe(record: StepRecord) -> bool:
+            assert log is not None  # the first process alone is asked
             log(record)
             verdict = watch(record)
             if on_step is not None:
                 on_step(record, verdict)
             return stop is not None and verdict.certain
 
-        run = training_module.train(model, backbone.tokenizer, corpus.train, config, on_step=observe, inplace=True)
+        run = training_module.train(
+            model, backbone.tokenizer, corpus.train, config, on_step=observe, inplace=True, team=bench.team,
+            tell=bench.tell,
+        )  # fmt: skip
     interrupted = run.status == "interrupted"
     dev = test = None
     if not interrupted:
         try:
-            dev = ranking_of(model, backbone.tokenizer, config, corpus.dev)
-            test = ranking_of(model, backbone.tokenizer, config, corpus.test)
+            dev, test = (
+                team.first_does(partial(ranking_of, model, backbone.tokenizer, config, pool))
+                for pool in (corpus.dev, corpus.test)
+            )
         except KeyboardInterrupt:
             interrupted = True
     run = replace(run, end=replace(run.end, ranking=test))
-    return TrainedCell(backbone.name, backbone.revision, run, watch.verdict, dev), interrupted
+    verdict = team.first_does(lambda: watch.verdict)
+    return TrainedCell(backbone.name, backbone.revision, run, verdict, dev), model, interrupted
 
 
 def _checked_corpus(configuration: dict[str, Any], bench: Bench) -> Corpus:
@@ -368,6 +401,32 @@ def planned(
         full = full.replace(steps=horizon)
     length = Clock(full).steps_for(RULES.decide_share) if steps is None else steps
     return full.replace(steps=length, horizon=max(full.steps, length), compressed=compressed)
+
+
+def negatives_of(name: str, given: int | None, source: TextSource) -> int:
+    """How many hard negatives a trial takes: those asked for, else the recipe's, as far as the pairs have them.
+
+    Args:
+        name: of the recipe.
+        given: what was asked for.
+        source: of the pairs, whose first one is looked at.
+
+    Raises:
+        UsageError: the recipe distils a teacher, and the pairs have no scores.
+    """
+    from headscale.readers import iterate_pairs
+
+    wanted = recipe(name)
+    first = None if source.pairs is None else next(iterate_pairs(source.pairs))
+    if wanted.loss != "infonce" and (first is None or not first.scores):
+        where = "the built-in pairs have" if first is None else f"`{source.pairs}` has"
+        raise UsageError(
+            f"the recipe `{name}` distils a teacher's scores, and {where} none",
+            "give `--pairs` with `negatives` and `scores`, or a contrastive recipe: `--recipe st-mnrl`",
+        )
+    if given is not None:
+        return given
+    return 0 if first is None else min(wanted.negatives, len(first.negatives))
 
 
 def arms_of(
