@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LEAST_BACKBONES = 5  # below it a rank correlation is not given: with four, even a perfect order has p = 0.08
 DRAWN_STEPS = 120  # about as many points of a curve as a panel has room for; each is a real step, none is averaged
+HEALTHY_DIMS, HEALTHY_VOCABULARY = (150, 250), 30_522  # per document, sentence-transformers' guide to sparse encoders
 METRICS = {
     "ndcg_at_10": "nDCG@10",
     "mrr_at_10": "MRR@10",
@@ -38,6 +39,7 @@ UNTOUCHED, RESCALED = "untouched", "rescaled"
 _NOT_RECIPE = frozenset({"scale", "seed", "device", "micro_batch", "update_every"})
 _OF_HEAD = frozenset({"mode", "head_lr_multiplier", "scale_bias", "shift"})
 _SHOWN = ("steps", "horizon", "batch_size", "lr")
+_SAID = {"head_lr_multiplier": "head lr", "batch_size": "batch", "horizon": "of a run of"}
 _DEFAULTS = {f.name: f.default for f in fields(TrainingConfig) if f.default is not MISSING}
 
 
@@ -538,8 +540,9 @@ def curves(results: Results, *, backbone: str | None = None, recipe: str | None 
         recipe: of `summary`; by default the first of that backbone.
 
     Returns:
-        Rows of two kinds: `step`, the median over seeds of a statistic with the smallest and largest as low and high;
-        `verdict`, the step at which a seed's verdict was reached.
+        Rows of three kinds: `step`, the median over seeds of a statistic with the smallest and largest as low and
+        high; `verdict`, the step at which a seed's verdict was reached; `band`, from low to high what to expect of a
+        statistic, `verdict` being its name.
     """
     import pandas as pd
 
@@ -549,7 +552,20 @@ def curves(results: Results, *, backbone: str | None = None, recipe: str | None 
     rows: list[dict[str, Any]] = []
     for arm in _arms(results, cells, backbone, recipe):
         rows += _curve_rows(arm, [logs[key] for key in arm["key"]])
+    if rows:
+        rows += _bands([logs[key] for key in cells["key"] if logs[key].cell])
     return pd.DataFrame(rows, columns=list(_CURVES))
+
+
+def _bands(trainings: Sequence[Training]) -> list[dict[str, Any]]:
+    """What to expect: 150 to 250 of 30,522 terms a document after training (sentence-transformers' guide)."""
+    sizes = {t.cell.run.vocab_size for t in trainings if t.cell}
+    if len(sizes) != 1:
+        return []
+    (size,) = sizes
+    low, high = HEALTHY_DIMS[0] * size / HEALTHY_VOCABULARY, HEALTHY_DIMS[1] * size / HEALTHY_VOCABULARY
+    return [{"kind": "band", "statistic": "active_dims_document", "low": low, "high": high,
+             "verdict": "healthy after a full training"}]  # fmt: skip
 
 
 def _arms(results: Results, cells: DataFrame, backbone: str | None, recipe: str | None) -> list[DataFrame]:

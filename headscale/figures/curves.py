@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
 from headscale.figures.labels import Label, label_ends, settle
+from headscale.figures.points import legible
 from headscale.figures.style import (
     COLOURS,
     FOREGROUND,
@@ -82,7 +83,7 @@ def _arms(steps: DataFrame) -> list[dict[str, Any]]:
     others = 0
     for (backbone, arm, scale), group in steps.groupby(["backbone", "arm", "scale"], sort=False):
         reference = bool(group["reference"].iloc[0]) and arm == "untouched"
-        name = "reference" if reference else arm if arm == "untouched" else f"× {ratio_text(scale)}"
+        name = "reference" if reference else arm if arm == "untouched" else f"x {ratio_text(scale)}"
         found.append({
             "key": (backbone, arm, scale), "label": name, "backbone": backbone,
             "colour": REFERENCE_COLOUR if reference else COLOURS[others % len(COLOURS)],
@@ -101,6 +102,7 @@ def _panel(ax: Axes, data: DataFrame, arms: list[dict[str, Any]], statistic: str
     import numpy as np
 
     logarithmic = statistic not in _LINEAR
+    last = max(1.0, float(data["step"].max()))
     for arm in arms:
         own = _of(data, arm)
         line = own[(own["kind"] == "step") & (own["statistic"] == statistic)]
@@ -115,20 +117,18 @@ def _panel(ax: Axes, data: DataFrame, arms: list[dict[str, Any]], statistic: str
             if len(x) and np.isfinite(values["value"].iloc[at]):
                 ax.plot(
                     x[at], values["value"].iloc[at], marker=SHAPES[verdict["verdict"]], color=arm["colour"],
-                    markersize=6.5, markeredgecolor="white", markeredgewidth=0.6, linestyle="none", zorder=5,
+                    markersize=7.5, markeredgewidth=0, linestyle="none", zorder=5,
                 )  # fmt: skip
     if logarithmic:
         ax.set_yscale("log")
     if statistic == "loss_over_ln_n":
         ax.axhline(1.0, color=MUTED, linewidth=0.9, linestyle=":")
-        ax.annotate("chance", (0.99, 1.0), xycoords=("axes fraction", "data"), xytext=(0, 2), ha="right",
-                    textcoords="offset points", fontsize=TINY, color=MUTED)  # fmt: skip
     for band in data[(data["kind"] == "band") & (data["statistic"] == statistic)].to_dict("records"):
         ax.axhspan(band["low"], band["high"], color=MUTED, alpha=0.18, linewidth=0)
-        ax.annotate(band["verdict"], (0.01, band["low"]), xycoords=("axes fraction", "data"), xytext=(0, -9),
+        ax.annotate(band["verdict"], (0.4, band["high"]), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", fontsize=TINY, color=MUTED)  # fmt: skip
     ax.set_ylabel(label, fontsize=SMALL)
-    ax.margins(x=0.01)
+    ax.set_xlim(-0.01 * last, last * 1.23)  # room for the names
 
 
 def _ends(steps: DataFrame, arms: list[dict[str, Any]], statistic: str) -> list[Label]:
@@ -140,7 +140,9 @@ def _ends(steps: DataFrame, arms: list[dict[str, Any]], statistic: str) -> list[
             line = line[line["value"] > 0]
         if len(line):
             last = line.iloc[-1]
-            found.append(Label(float(last["step"]), float(last["value"]), arm["label"], arm["colour"]))
+            found.append(Label(float(last["step"]), float(last["value"]), arm["label"], legible(arm["colour"])))
+    if statistic == "loss_over_ln_n" and found:
+        found.append(Label(max(end.x for end in found), 1.0, "chance", MUTED))
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from headscale.figures.style import MUTED, SMALL
+from headscale.figures.style import MUTED, SMALL, extent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _GAP = 2.0  # pixels between a label and anything else
 # Directions in the order of preference, as (horizontal, vertical) with 0 in the middle, and how far away.
 _SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
-_DISTANCES = (5.0, 12.0, 22.0, 34.0)  # points; from the second on a line leads to the point
+_DISTANCES = (8.0, 15.0, 24.0, 36.0)  # points; from the second on a line leads to the point
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,25 @@ def place(ax: Axes, labels: Sequence[Label], *, avoid: Sequence[tuple[float, flo
     Args:
         ax: of a settled figure.
         labels: with finite coordinates.
-        avoid: further points in data coordinates that no label may cover.
+        avoid: (points, 2) lines in data coordinates that no label may cover.
         size: of the text, in points.
     """
     import numpy as np
 
-    scale = ax.figure.dpi / 72.0
-    own = np.array([(label.x, label.y) for label in labels], dtype=float).reshape(-1, 2)
-    points = ax.transData.transform(np.concatenate([own, np.array(avoid, dtype=float).reshape(-1, 2)]))
-    half = 4.0 * scale
-    taken = np.column_stack([points - half, points + half])  # (boxes, 4): left, bottom, right, top
+    figure: Figure = ax.get_figure(root=True)  # type: ignore[assignment]
+    scale = figure.dpi / 72.0
+    points = ax.transData.transform(np.array([(label.x, label.y) for label in labels], dtype=float).reshape(-1, 2))
+    along = np.concatenate([np.empty((0, 2)), *(_sampled(ax.transData.transform(line), 6.0 * scale) for line in avoid)])
+    half, thin = 4.0 * scale, 1.0 * scale  # a marker, a line
+    taken = np.concatenate([  # (boxes, 4): left, bottom, right, top
+        np.column_stack([points - half, points + half]), np.column_stack([along - thin, along + thin])
+    ])  # fmt: skip
     frame = ax.get_window_extent()
     inside = np.array([frame.x0, frame.y0, frame.x1 + 40 * scale, frame.y1])
     left_out = 0
     for label, point in zip(labels, points, strict=False):
-        width, height = _extent(ax, label.text, size)
-        found = _room(point, (width, height), taken, inside, scale)
+        width, height = extent(figure, label.text, size)
+        found = _room(point, (width * scale, height * scale), taken, inside, scale)
         if found is None:
             left_out += 1
             continue
@@ -69,6 +73,17 @@ def place(ax: Axes, labels: Sequence[Label], *, avoid: Sequence[tuple[float, flo
             arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if far else None,
         )  # fmt: skip
     return left_out
+
+
+def _sampled(line: np.ndarray, apart: float) -> np.ndarray:
+    """Points along a line, at most so far apart."""
+    import numpy as np
+
+    parts = [line[:1]]
+    for start, end in itertools.pairwise(line):
+        count = max(1, int(np.ceil(np.hypot(*(end - start)) / apart))) if np.isfinite([start, end]).all() else 1
+        parts.append(start + (end - start) * np.linspace(0, 1, count + 1)[1:, None])
+    return np.concatenate(parts)
 
 
 def _room(
@@ -92,16 +107,6 @@ def _room(
     return None
 
 
-def _extent(ax: Axes, text: str, size: float) -> tuple[float, float]:
-    """Width and height of a line of text, in pixels."""
-    from matplotlib.font_manager import FontProperties
-
-    canvas: Any = ax.figure.canvas
-    font = FontProperties(family=["DejaVu Sans"], size=size)
-    width, height, _ = canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)
-    return float(width), float(height)
-
-
 def label_ends(ax: Axes, ends: Sequence[Label], *, size: float = SMALL) -> None:
     """Names at the right of their lines, pushed apart where lines end close together.
 
@@ -114,13 +119,12 @@ def label_ends(ax: Axes, ends: Sequence[Label], *, size: float = SMALL) -> None:
 
     if not ends:
         return
-    right = ax.get_window_extent().x1
     pixels = ax.transData.transform(np.array([(e.x, e.y) for e in ends], dtype=float))
     scale = ax.figure.dpi / 72.0
     places = spread(list(pixels[:, 1]), size * 1.35 * scale)
-    for end, (x, y), place_at in zip(ends, pixels, places, strict=True):
+    for end, (_, y), place_at in zip(ends, pixels, places, strict=True):
         ax.annotate(
-            end.text, (end.x, end.y), ((max(right, x) - x) / scale + 4, (place_at - y) / scale),
+            end.text, (end.x, end.y), (4, (place_at - y) / scale),
             textcoords="offset points", color=end.colour, fontsize=size, va="center", annotation_clip=False,
         )  # fmt: skip
 

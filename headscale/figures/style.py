@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,20 +163,41 @@ def panels(
 
 
 def titles(figure: Figure, axes: Sequence[Axes], title: str, subtitle: str) -> None:
-    """Title and subtitle at the left above all panels, wrapped to the figure's width."""
-    width = int(figure.get_figwidth() * 15)
-    lines = textwrap.wrap(title, width)
-    small = textwrap.wrap(subtitle, int(width * 1.12))
-    if len(axes) == 1:
-        for i, line in enumerate(reversed([*lines, *small])):
-            big = len(lines) + len(small) - i <= len(lines)
-            axes[0].annotate(
-                line, (0, 1), (0, 7 + 13 * i), xycoords="axes fraction", textcoords="offset points",
-                fontsize=11 if big else SMALL, color=FOREGROUND,
-            )  # fmt: skip
+    """Title and subtitle at the left above all panels, wrapped to the figure's width; the panels make room."""
+    engine = figure.get_layout_engine()
+    if engine is None or len(figure.axes) != len(axes):  # in a figure of somebody else's
+        axes[0].set_title(title, loc="left", fontsize=10, wrap=True)
         return
-    text = "\n".join([*lines, *small])
-    figure.suptitle(text, x=0.01, ha="left", fontsize=10, color=FOREGROUND)
+    width = figure.get_figwidth() * 72 * 0.98
+    lines = [(line, 11.0) for line in wrapped(figure, title, 11.0, width)]
+    lines += [(line, SMALL) for line in wrapped(figure, subtitle, SMALL, width)]
+    height, top = figure.get_figheight() * 72, 0.0
+    for line, size in lines:
+        top += 1.4 * size
+        figure.text(0.01, 1 - (top - 0.3 * size) / height, line, fontsize=size, color=FOREGROUND, in_layout=False)
+    engine.set(rect=(0, 0, 1, 1 - (top + 5) / height))  # type: ignore[call-arg]
+
+
+def wrapped(figure: Figure, text: str, size: float, width: float) -> list[str]:
+    """The lines of a text that fit a width, both in points; a word that is too long is cut in its middle."""
+    lines: list[str] = []
+    for word in (shorten(word, 70) for word in text.split()):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and extent(figure, longer, size)[0] <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def extent(figure: Figure, text: str, size: float) -> tuple[float, float]:
+    """Width and height of a line of text, in points."""
+    from matplotlib.font_manager import FontProperties
+
+    canvas: Any = figure.canvas
+    font = FontProperties(family=["DejaVu Sans"], size=size)
+    width, height, _ = canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)
+    return width * 72 / figure.dpi, height * 72 / figure.dpi
 
 
 def shorten(name: str, most: int = 28) -> str:

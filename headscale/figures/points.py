@@ -1,0 +1,138 @@
+"""Points of backbones and constants: what figures 1 and 2 share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from headscale.constants import ratio_text
+from headscale.figures.labels import Label, place
+from headscale.figures.style import COLOURS, FOREGROUND, MUTED, SHAPES, colours, distinct
+from headscale.verdict import WORDS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+MANY = 12  # backbones beyond which colours and lines tell nobody apart any more
+GLYPHS = {"stable": "●", "inconclusive": "◆", "dense": "■", "degraded": "▲", "collapsed": "✖", "diverged": "▼"}
+
+
+def choose(data: DataFrame, x: str, recipe: str | None, metric: str | None) -> DataFrame:
+    """The rows of one source, setting, recipe and metric with finite numbers: those asked for, else the first."""
+    import numpy as np
+
+    finite = data[np.isfinite(data[x].astype(float)) & np.isfinite(data["value"].astype(float))]
+    for name, wanted in (("recipe", recipe), ("metric", metric)):
+        if wanted is not None:
+            finite = finite[finite[name] == wanted]
+    if finite.empty:
+        return finite
+    first = finite.iloc[0]
+    same = np.logical_and.reduce([finite[n] == first[n] for n in ("source", "setting", "recipe", "metric")])
+    return finite[same]
+
+
+def draw_points(ax: Axes, data: DataFrame, x: str) -> dict[str, str]:
+    """Markers with intervals, and a line through the constants of each backbone; returns the colours.
+
+    Beyond `MANY` backbones all but the references have one colour and no line.
+    """
+    names = list(dict.fromkeys(data["backbone"]))
+    references = set(data.loc[data["reference"].astype(bool), "backbone"])
+    many = len(names) > MANY
+    chosen = colours(names, list(references))
+    if many:
+        chosen = {n: FOREGROUND if n in references else COLOURS[1] for n in names}
+    for name in sorted(names, key=lambda n: n in references):
+        own = data[data["backbone"] == name].sort_values("scale")
+        if len(own) > 1 and not many:
+            line = own.drop_duplicates("scale")
+            ax.plot(line[x], line["value"], color=chosen[name], linewidth=0.9, alpha=0.5, zorder=1)
+        _markers(ax, own, x, chosen[name], 4.5 if many else 6.0)
+    return chosen
+
+
+def _markers(ax: Axes, own: DataFrame, x: str, colour: str, size: float) -> None:
+    held = own[own["low"].notna()]
+    if len(held):
+        errors = [held["value"] - held["low"], held["high"] - held["value"]]
+        ax.errorbar(held[x], held["value"], yerr=[e.clip(lower=0) for e in errors], fmt="none", ecolor=colour,
+                    elinewidth=0.9, capsize=2, alpha=0.8, zorder=2)  # fmt: skip
+    for verdict, group in own.groupby("verdict", sort=False):
+        ax.plot(group[x], group["value"], marker=SHAPES.get(str(verdict), "o"), markersize=size, color=colour,
+                markeredgewidth=0, linestyle="none", zorder=3)  # fmt: skip
+
+
+def label_points(ax: Axes, data: DataFrame, x: str, chosen: dict[str, str], avoid: Sequence[np.ndarray] = ()) -> int:
+    """Names at one point of each backbone, constants at the others, references first; returns how many did not fit.
+
+    Args:
+        ax: of a settled figure.
+        data: what was drawn.
+        x: the column on the x axis.
+        chosen: colours, from `draw_points`.
+        avoid: further lines that no label may cover.
+    """
+    import numpy as np
+
+    short = distinct(list(chosen))
+    named = data.assign(_own=(data["scale"] == 1.0) & (data["arm"] == "untouched"))
+    named = named.sort_values(["reference", "_own", "value"], ascending=[False, False, False], kind="stable")
+    names = named.drop_duplicates("backbone")
+    rest = named.drop(names.index).sort_values("scale")
+    labels = [_label(row, x, short[row["backbone"]], chosen) for row in names.to_dict("records")]
+    labels += [_label(row, x, "", chosen) for row in rest.to_dict("records")]
+    lines = [np.array([(r[x], r["low"]), (r[x], r["high"])]) for r in data[data["low"].notna()].to_dict("records")]
+    if len(chosen) <= MANY:
+        ordered = data.sort_values("scale").drop_duplicates(["backbone", "scale"])
+        lines += [own[[x, "value"]].to_numpy(float) for _, own in ordered.groupby("backbone")]
+    return place(ax, labels, avoid=[*avoid, *lines])
+
+
+def _label(row: dict[str, Any], x: str, name: str, chosen: dict[str, str]) -> Label:
+    constant = "" if row["scale"] == 1.0 and (name or row["arm"] == "untouched") else f"x {ratio_text(row['scale'])}"
+    text = " ".join(part for part in (name, constant) if part) or "untouched"
+    return Label(float(row[x]), float(row["value"]), text, legible(chosen[row["backbone"]]))
+
+
+def legible(colour: str) -> str:
+    """The colour of a text: those of the palette that are too light for one become the foreground."""
+    return FOREGROUND if colour in COLOURS[3:] else colour
+
+
+def shapes_key(data: DataFrame) -> str:
+    """Which shape is which verdict, of those that occur, the best first."""
+    here = set(data["verdict"].dropna())
+    return "  ".join(f"{GLYPHS[word]} {word}" for word in WORDS if word in here)
+
+
+def intervals_key(data: DataFrame) -> str:
+    """What the bars are, and how many seeds there were."""
+    kinds = [k for k in dict.fromkeys(data["interval"].dropna()) if k]
+    if not kinds:
+        return "one seed each: no interval"
+    fewest, most = int(data["seeds"].min()), int(data["seeds"].max())
+    seeds = f" ({fewest}-{most})" if fewest != most else f" ({most})"
+    return f"bars: {' or '.join(k + (seeds if k.endswith('seeds') else '') for k in kinds)}"
+
+
+def log_axis(ax: Axes, which: str = "x") -> None:
+    """A log axis whose ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    (ax.set_xscale if which == "x" else ax.set_yscale)("log")
+    low, high = sorted(axis.get_view_interval())
+    wide = high / max(low, 1e-300) > 300
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def chance(ax: Axes, value: float, where: str = "chance") -> None:
+    """A dotted line at what a random order reaches."""
+    ax.axhline(value, color=MUTED, linewidth=0.9, linestyle=":", zorder=0)
+    ax.annotate(where, (1.0, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
+                textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
