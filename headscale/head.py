@@ -132,9 +132,17 @@ class LoadedHead:
         Returns:
             The input of the product, (batch, seq, width), with its autograd graph.
         """
+        return self.features_of(lambda: self.model(**accepted(self.model, batch)))
+
+    def features_of(self, call: Callable[[], object]) -> Tensor:
+        """The same for any call that runs the model; what the call does after the product is left out.
+
+        Raises:
+            UnsupportedHeadError: the call ended without the product.
+        """
         try:
             with _watcher(self.vocab_size, [], stop=self._is_matrix):
-                self.model(**accepted(self.model, batch))
+                call()
         except _Found as found:
             return found.features
         raise UnsupportedHeadError(f"`{self.head.architecture}` computed no vocabulary-sized product")
