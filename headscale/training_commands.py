@@ -109,10 +109,11 @@ def trial(
     )
 
     source = TextSource(pairs, test_pairs, candidates=candidates)
-    changes = {**_changes(locals()), "negatives": negatives_of(recipe, negatives, source)}
+    changes = _changes(locals())
     training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
     given = None if scale in ("auto", "none") else _constant(scale, "--scale")
     arms_of(training, given or 1.0, mode=mode)  # refuses what cannot be taken before anything is loaded
+    training = training.replace(negatives=negatives_of(recipe, negatives, source))
     keeping = None if save_model is None else _keeping(save_model, mode if scale != "none" else "none", voice)
     bench = Bench(voice.note)
     bench.backbone(backbone, revision, trust_remote_code=trust_remote_code)
@@ -201,7 +202,7 @@ def sweep(
     from headscale.trials import Bench, TextSource, calibrated, configuration_of, negatives_of, planned
 
     source = TextSource(pairs, test_pairs, candidates=candidates)
-    changes = {**_changes(locals()), "negatives": negatives_of(recipe, negatives, source)}
+    changes = _changes(locals())
     training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
     axes = grid.Axes(
         scales=(), modes=_listed(modes, "--modes"), seeds=tuple(range(seeds)),
@@ -209,6 +210,7 @@ def sweep(
         lrs=tuple(_constant(value, "--lrs") for value in _listed(lrs)),
     )  # fmt: skip
     axes.check()
+    training = training.replace(negatives=negatives_of(recipe, negatives, source))
     wanted = [s if s in ("auto", "none") else _constant(s, "--scales") for s in _listed(scales, "--scales")]
     bench = Bench(voice.note)
     corpus = bench.corpus(source)
