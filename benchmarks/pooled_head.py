@@ -99,8 +99,8 @@ def _tiled_product(problem: Problem) -> None:
     mask = problem.mask.bool()
     dtype = tiled.compute_dtype(problem.hidden, problem.weight)
     tokens = tiled.pack(problem.hidden, mask, dtype).tokens
-    for terms in tiled._tiles(len(problem.weight), tokens):
-        tiled._logits(tokens, problem.weight[terms], problem.bias[terms])
+    for terms in tiled.tiles(len(problem.weight), tokens):
+        tiled.product(tokens, problem.weight[terms], problem.bias[terms])
 
 
 def _sentence_transformers_pooling() -> Any:

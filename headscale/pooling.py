@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from headscale.errors import UsageError
-from headscale.kernels import tiled
+from headscale.kernels import screened, tiled
 
-Implementation = Literal["auto", "reference", "tiled", "triton"]
+Implementation = Literal["auto", "reference", "tiled", "screened", "triton"]
 
 MaxOverTokens = Callable[[tiled.Packing, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -52,7 +52,7 @@ def max_logits(
         weight: (vocab, d) head projection.
         bias: (vocab,) head bias, or None.
         attention_mask: (batch, seq), nonzero where a position counts; None: every position counts.
-        implementation: "auto", "reference", "tiled" or "triton"; see `choose_implementation`.
+        implementation: "auto", "reference", "tiled", "screened" or "triton"; see `choose_implementation`.
 
     Raises:
         UsageError: shapes do not fit each other.
@@ -62,7 +62,7 @@ def max_logits(
         chosen = _resolved(implementation, hidden, weight)
         if chosen == "reference":
             return _reference_max(hidden, weight, bias, mask)
-        return _packed_max(hidden, weight, bias, mask, chosen)
+        return _packed_max(hidden, weight, bias, mask, "tiled" if chosen == "screened" else chosen)
 
 
 def splade_pool(
@@ -86,7 +86,7 @@ def splade_pool(
         attention_mask: (batch, seq), nonzero where a position counts; None: every position counts. A text
             without any is represented by zeros and gets no gradient.
         scale: positive factor on the logits, the same as multiplying weight and bias by it.
-        implementation: "auto", "reference", "tiled" or "triton"; see `choose_implementation`.
+        implementation: "auto", "reference", "tiled", "screened" or "triton"; see `choose_implementation`.
 
     Returns:
         (batch, vocab) float32, float64 for float64 inputs.
@@ -116,11 +116,15 @@ def splade_pool_reference(
     return splade_pool(hidden, weight, bias, attention_mask, scale=scale, implementation="reference")
 
 
-def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference", "tiled", "triton"]:
+def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference", "tiled", "screened", "triton"]:
     """Name the implementation "auto" takes.
 
     "reference" for few logits; else "triton" on a GPU, in half or single precision, where Triton is installed;
-    else "tiled".
+    else "screened" in float32 on a CPU with bfloat16 products, from the size on at which it pays; else "tiled".
+
+    "screened" is as exact as "tiled": a bfloat16 pass rules out terms that certainly stay inactive, the others
+    are computed in float32. It takes "tiled" itself where that rules out too few (`possible_share`), and for
+    `max_logits`, which wants the inactive ones too.
 
     Args:
         hidden: (batch, seq, d).
@@ -129,8 +133,27 @@ def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference"
     logits = hidden.shape[0] * hidden.shape[1] * weight.shape[0]
     if logits <= SMALL_LOGITS:
         return "reference"
-    single = tiled.compute_dtype(hidden, weight) != torch.float64
-    return "triton" if hidden.is_cuda and single and find_spec("triton") else "tiled"
+    dtype = tiled.compute_dtype(hidden, weight)
+    if hidden.is_cuda and dtype != torch.float64 and find_spec("triton"):
+        return "triton"
+    exact_on_cpu = hidden.device.type == "cpu" and dtype == torch.float32
+    return "screened" if exact_on_cpu and screened.worthwhile(hidden, weight) and screened.available() else "tiled"
+
+
+@torch.no_grad()
+def possible_share(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, attention_mask: Tensor | None = None
+) -> float:
+    """Share of (text, term) entries that "screened" cannot rule out by its bfloat16 pass, at 256 probed terms.
+
+    Above `headscale.kernels.screened.MAX_SHARE` it takes "tiled". Arguments as for `splade_pool`.
+
+    Raises:
+        UsageError: shapes do not fit each other, or the inputs or the processor do not allow "screened".
+    """
+    mask = _checked_mask(hidden, weight, bias, attention_mask)
+    _resolved("screened", hidden, weight)
+    return screened.possible_share(tiled.pack(hidden, mask, torch.float32), weight, bias)
 
 
 class SpladeHead(nn.Module):
@@ -140,7 +163,7 @@ class SpladeHead(nn.Module):
         weight: (vocab, d) projection; a parameter is kept as it is, so a tied weight stays tied.
         bias: (vocab,) or None.
         scale: positive factor on the logits.
-        implementation: "auto", "reference", "tiled" or "triton".
+        implementation: "auto", "reference", "tiled", "screened" or "triton".
     """
 
     def __init__(
@@ -192,7 +215,16 @@ def _resolved(implementation: str, hidden: Tensor, weight: Tensor) -> str:
         raise UsageError(f"`implementation` is not known: `{implementation}`", known)
     if implementation == "triton":
         _check_triton(hidden, weight)
+    if implementation == "screened":
+        _check_screened(hidden, weight)
     return implementation
+
+
+def _check_screened(hidden: Tensor, weight: Tensor) -> None:
+    if hidden.device.type != "cpu" or not screened.available():
+        raise UsageError("`screened` needs a CPU with bfloat16 products", "leave `implementation` out")
+    if tiled.compute_dtype(hidden, weight) != torch.float32:
+        raise UsageError("`screened` computes in float32 only", "use `tiled`")
 
 
 def _check_triton(hidden: Tensor, weight: Tensor) -> None:
@@ -205,7 +237,7 @@ def _check_triton(hidden: Tensor, weight: Tensor) -> None:
 
 def _kernels(implementation: str) -> tuple[MaxOverTokens, tiled.BagSums]:
     if implementation != "triton":
-        return tiled.tiled_max, tiled.bag_sums
+        return screened.screened_max if implementation == "screened" else tiled.tiled_max, tiled.bag_sums
     from headscale.kernels import triton_head
 
     return triton_head.fused_max, triton_head.bag_sums

@@ -89,12 +89,13 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     half = dtype in (torch.float16, torch.bfloat16)
-    if half and device == "cpu" and not (dtype == torch.bfloat16 and _cpu_has_bf16()):
+    if half and device == "cpu" and not (dtype == torch.bfloat16 and cpu_has_bf16()):
         return torch.float32  # measured: a CPU product in float16 takes 15 times as long as in float32
     return dtype
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether the processor has bfloat16 products."""
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in tests)
 
@@ -117,27 +118,34 @@ def tiled_max(packing: Packing, weight: Tensor, bias: Tensor | None) -> tuple[Te
         empty text; the index of the winner among the text's own tokens, int16 or int32.
     """
     tokens, shape = packing.tokens, (len(packing.lengths), len(weight))
-    longest = max((segment.length for segment in packing.segments), default=0)
     values = tokens.new_full(shape, -torch.inf, dtype=accumulator(tokens.dtype))
-    winners = tokens.new_zeros(shape, dtype=torch.int16 if longest <= 1 << 15 else torch.int32)
-    for terms in _tiles(len(weight), tokens) if packing.segments else ():
-        logits = _logits(tokens, weight[terms], None if bias is None else bias[terms])
+    winners = tokens.new_zeros(shape, dtype=position_dtype(packing))
+    for terms in tiles(len(weight), tokens) if packing.segments else ():
+        logits = product(tokens, weight[terms], None if bias is None else bias[terms])
         for column, texts, start, length in packing.segments:
             block = logits[start : start + texts * length].view(texts, length, -1)
-            best, where = _max_over_tokens(block)
+            best, where = max_over_tokens(block)
             values[column : column + texts, terms] = best
             winners[column : column + texts, terms] = where
         del logits, block  # before the next tile is allocated
     return values, winners
 
 
-def _tiles(vocab: int, tokens: Tensor) -> Iterator[slice]:
+def position_dtype(packing: Packing) -> torch.dtype:
+    """The smallest integers that name every place in the longest text."""
+    longest = max((segment.length for segment in packing.segments), default=0)
+    return torch.int16 if longest <= 1 << 15 else torch.int32
+
+
+def tiles(vocab: int, tokens: Tensor, *, at_most: int = 1 << 30) -> Iterator[slice]:
+    """Slices of the vocabulary whose logits of all tokens fit the tile's budget."""
     budget = TILE_BYTES.get(tokens.device.type, TILE_BYTES["cuda"])
-    height = max(64, budget // (len(tokens) * tokens.element_size()) // 64 * 64)
+    height = min(at_most, max(64, budget // (len(tokens) * tokens.element_size()) // 64 * 64))
     return (slice(low, min(low + height, vocab)) for low in range(0, vocab, height))
 
 
-def _logits(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(tokens, terms): tokens . weight + bias, in the dtype of the tokens."""
     weight = weight.to(tokens.dtype).contiguous()
     bias = None if bias is None else bias.to(tokens.dtype)
     if tokens.dtype == torch.float32 and _prefers_onednn(tokens):
@@ -155,7 +163,7 @@ def _prefers_onednn(tokens: Tensor) -> bool:
     return has_op and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _max_over_tokens(block: Tensor) -> tuple[Tensor, Tensor]:
+def max_over_tokens(block: Tensor) -> tuple[Tensor, Tensor]:
     """Max and first position over dim 1 of (texts, length, terms)."""
     if block.device.type != "cpu":
         best, where = block.max(1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headscale.kernels.tiled import Packing, accumulator
+from headscale.kernels.tiled import Packing, accumulator, position_dtype
 
 BLOCK_TERMS = 128
 BLOCK_TOKENS = 128
@@ -100,7 +100,7 @@ def fused_max(packing: Packing, weight: Tensor, bias: Tensor | None) -> tuple[Te
     texts, (vocab, width) = len(packing.lengths), weight.shape
     longest = max((segment.length for segment in packing.segments), default=0)
     values = torch.empty((texts, vocab), dtype=accumulator(tokens.dtype), device=tokens.device)
-    winners = torch.empty_like(values, dtype=torch.int16 if longest <= 1 << 15 else torch.int32)
+    winners = torch.empty_like(values, dtype=position_dtype(packing))
     weight = weight.to(tokens.dtype)
     if texts and vocab:
         block_tokens = min(BLOCK_TOKENS, max(16, triton.next_power_of_2(longest)))
