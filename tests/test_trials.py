@@ -252,7 +252,7 @@ USAGE = [
     (["--recipe", "magic"], "no recipe is called `magic`"),
     (["--precision", "fp4"], "`precision` must be one of"),
     (["--lr", "-1"], "`lr` must be positive"),
-    (["--steps", "9", "--recipe", "naver-distil"], "needs `negatives`"),
+    (["--steps", "9", "--recipe", "naver-distil", "--negatives", "0"], "needs `negatives`"),
 ]
 
 
