@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
@@ -29,14 +29,17 @@ from headscale.records import (
     plain,
 )
 
+if TYPE_CHECKING:
+    from headscale.live import Curve, Logs, Point
+
 Cell = float | int | str | bool | None
 
 
 class Progress(Protocol):
     """What a long job calls as it goes on."""
 
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        """So much of so much is done; `text` is what there is to see right now."""
+    def __call__(self, done: int, total: int, text: str = "", point: Point | None = None) -> None:
+        """So much of so much is done; `text` is what there is to see right now, `point` a step of a curve."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Voice:
 
     quiet: bool = False
     errors: list[dict[str, str]] | None = None
+    past: list[Curve] = field(default_factory=list, repr=False)  # what was trained so far, shown beside what goes on
 
     def note(self, sentence: str) -> None:
         """A line of progress or advice."""
@@ -85,35 +89,29 @@ class Voice:
         sys.stderr.flush()
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Progress]:
-        """A bar on a terminal, a line every tenth elsewhere, both with the time left; yields a `Progress`."""
+    def progress(self, title: str, follow: Logs | None = None) -> Iterator[Progress]:
+        """A bar on a terminal, a line every tenth elsewhere, both with the time left; yields a `Progress`.
+
+        Args:
+            title: of what is done.
+            follow: runs of other processes, whose curves a terminal shows.
+        """
         if self.quiet:
-            yield lambda done, total, text="": None
+            yield lambda done, total, text="", point=None: None
         elif sys.stderr.isatty():
-            yield from _bar(title)
+            from headscale.live import watched
+
+            with watched(title, self.past, follow) as step:
+                yield step
         else:
             yield _tenths(title, self)
-
-
-def _bar(title: str) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    # Left alone, Rich sends stdout to stderr as well while a bar is up.
-    with Bars(console=Console(stderr=True), redirect_stdout=False, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def step(done: int, total: int, text: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {text}".rstrip())
-
-        yield step
 
 
 def _tenths(title: str, voice: Voice) -> Progress:
     said = -1
     started = time.monotonic()
 
-    def step(done: int, total: int, text: str = "") -> None:
+    def step(done: int, total: int, text: str = "", point: Point | None = None) -> None:
         nonlocal said
         tenth = 10 * done // max(1, total)
         if tenth > said:
