@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,16 @@ from headscale.inspection import (
     texts_of,
 )
 from headscale.profiles import DEFAULT_REFERENCE, Reference, from_dict, profile_of, resolve_reference
-from headscale.records import Calibration, Inspection, Profile, Written
+from headscale.records import Calibration, Inspection, Profile, TrialResult, Written
 
 if TYPE_CHECKING:
     from headscale.apply import Change
+    from headscale.arms import Plan
     from headscale.backbone import Backbone
     from headscale.calibration import Choice
+    from headscale.distributed import Team
     from headscale.texts import Pair
+    from headscale.trials import Bench, OnStep, TextSource
 
 Tell = Callable[[str], None]
 
@@ -163,6 +167,104 @@ def calibrate(
         return calibration
     assert measured.backbone is not None
     return replace(calibration, written=write(measured.backbone, calibration, save, mode, overwrite=overwrite))
+
+
+def trial(
+    backbone: Any,
+    tokenizer: Any = None,
+    *,
+    plan: Plan | str = "st-mnrl",
+    pairs: Sequence[Pair] | str | Path | None = None,
+    test_pairs: Sequence[Pair] | str | Path | None = None,
+    run: str | Path | None = None,
+    on_step: OnStep | None = None,
+    force: bool = False,
+    loading: Loading | None = None,
+    team: Team | None = None,
+) -> tuple[TrialResult, ...]:
+    """Train the first SPLADE steps of a full run, calibrated and untouched side by side, and judge them.
+
+    Args:
+        backbone: a hub id, a directory, `bundled:NAME`, or a loaded model (then with its tokenizer), which is left
+            as it was.
+        tokenizer: of a loaded model.
+        plan: what is trained (`headscale.Plan`), or a recipe's name: its first steps, as far as the verdict needs.
+        pairs: training pairs, or where they are; the built-in docstrings by default.
+        test_pairs: pairs that are ranked at the end, or where they are; built-in ones by default beside built-in
+            training pairs.
+        run: the run folder, where finished trainings are read from and kept; by default nothing is kept.
+        on_step: called with every step's record and the verdict so far.
+        force: train what the run folder holds already.
+        loading: how the backbone is opened; the device of the training is the plan's.
+        team: processes that share every batch and all make this call (`headscale.distributed.join`).
+
+    Returns:
+        a result per arm, the judged one first, each with its trainings and the verdict of the worst seed.
+
+    Raises:
+        HeadscaleError: the backbone or the texts cannot be read, or a training cannot be run.
+        KeyboardInterrupt: on Ctrl-C; what was finished is in `run`.
+
+    Example:
+        >>> import headscale
+        >>> training = headscale.planned("st-mnrl", {"negatives": 0, "lr": 3e-4}, steps=20)
+        >>> plan = headscale.Plan(training, scale=1 / 16)
+        >>> judged, control = headscale.trial("bundled:tiny-modernbert", plan=plan)  # doctest: +SKIP
+        >>> judged.verdict.word  # doctest: +SKIP
+        'inconclusive'
+    """
+    import tempfile
+
+    from headscale.arms import fingerprint_of, run_trial
+    from headscale.trials import Bench
+
+    loading = loading or Loading()
+    bench = Bench(loading.tell, team=team)
+    name, identity = backbone, None
+    if not isinstance(backbone, str | Path):
+        opened = _opened(backbone, tokenizer, loading)
+        name, identity = opened.name, fingerprint_of(opened.model)
+        bench.backbones[name] = opened
+    source = _source(pairs, test_pairs, bench)
+    plan = _plan(plan, source, bench) if isinstance(plan, str) else plan
+    with tempfile.TemporaryDirectory() as nowhere:
+        return run_trial(
+            str(name), plan, source, Path(run or nowhere), bench=bench, loading=loading,
+            watch=lambda _arm, _seed: nullcontext(on_step), identity=identity, force=force,
+        )  # fmt: skip
+
+
+def _source(pairs: Any, test_pairs: Any, bench: Bench) -> TextSource:
+    """Where the texts of a trial are; those that are given as such are put on the bench."""
+    from headscale.texts import read_pairs
+    from headscale.trials import Corpus, TextSource
+
+    def name_of(value: Any) -> str | None:
+        return "given" if _are_pairs(value) else None if value is None else str(value)
+
+    source = TextSource(name_of(pairs), name_of(test_pairs))
+    if "given" in (source.pairs, source.test_pairs):
+        train = pairs if _are_pairs(pairs) else TextSource(source.pairs, candidates=0).read(bench.tell).train
+        test = test_pairs if _are_pairs(test_pairs) or test_pairs is None else read_pairs(test_pairs)
+        bench.corpora[source] = Corpus(train, (), test or ())
+    return source
+
+
+def _are_pairs(value: Any) -> bool:
+    return value is not None and not isinstance(value, str | Path)
+
+
+def _plan(recipe: str, source: TextSource, bench: Bench) -> Plan:
+    """The first steps of a recipe, with as many of its hard negatives as every pair has."""
+    from headscale.arms import Plan
+    from headscale.recipes import recipe as find
+    from headscale.trials import planned, team_of
+
+    def fewest() -> int:
+        return min(len(getattr(pair, "negatives", ())) for pair in bench.corpus(source).train)
+
+    wanted = find(recipe).negatives
+    return Plan(planned(recipe, {"negatives": min(wanted, team_of(bench).first_does(fewest))}))
 
 
 def write(

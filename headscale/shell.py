@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from headscale import __version__
+from headscale.environment import launched_rank
 from headscale.errors import HeadscaleError, UsageError
 from headscale.render import Voice
 
@@ -29,7 +30,7 @@ state: dict[str, Any] = {"debug": False, "saved": None, "command": None}
 def begin(sentence: str, quiet: bool, debug: bool, saved: Path | None) -> Voice:
     """The first line, at once: what follows imports for seconds."""
     state.update(debug=debug, saved=saved)
-    voice = Voice(quiet=quiet, errors=[])
+    voice = Voice(quiet=quiet or launched_rank() > 0, errors=[])  # of several processes the first one alone speaks
     voice.note(f"headscale {__version__}: {sentence}")
     return voice
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -93,58 +95,32 @@ def trial(
     Calibrated and untouched head side by side, as the first steps of a full run: would it train?
     """
     voice = begin(f"a trial of {backbone}", quiet, debug, run_folder)
+    from headscale.api import Loading
+    from headscale.arms import Plan, run_trial
+    from headscale.distributed import launched
     from headscale.render import TRIAL_COLUMNS, show, write_document
-    from headscale.trials import (
-        Bench,
-        TextSource,
-        arms_of,
-        calibrated,
-        configuration_of,
-        lean,
-        negatives_of,
-        planned,
-        result_of,
-        run_cell,
-        shown_steps,
-    )
+    from headscale.trials import Bench, TextSource, lean, negatives_of, planned
 
     source = TextSource(pairs, test_pairs, candidates=candidates)
-    changes = _changes(locals())
-    training = planned(recipe, changes, steps=steps, horizon=horizon, compressed=compressed)
-    given = None if scale in ("auto", "none") else _constant(scale, "--scale")
-    arms_of(training, given or 1.0, mode=mode)  # refuses what cannot be taken before anything is loaded
+    training = planned(recipe, _changes(locals()), steps=steps, horizon=horizon, compressed=compressed)
+    plan = Plan(
+        training, scale=_scale(scale), mode=mode, shift=shift,
+        head_lr_multiplier=head_lr_multiplier, reference=reference, seeds=seeds, control=control,
+        stop_early=not full_length,
+    )  # fmt: skip
+    # Up to here nothing is loaded: what cannot be taken has been refused.
     training = training.replace(negatives=negatives_of(recipe, negatives, source))
     keeping = None if save_model is None else _keeping(save_model, mode if scale != "none" else "none", voice)
-    bench = Bench(voice.note)
-    bench.backbone(backbone, revision, trust_remote_code=trust_remote_code)
-    corpus = bench.corpus(source)
-    multiplier = head_lr_multiplier
-    if scale == "auto":
-        with voice.progress(f"calibrating {backbone}"):
-            found = calibrated(backbone, bench, corpus, training, reference)
-        given, multiplier = found.scale, multiplier or found.head_lr_multiplier
-        voice.note(f"the constant is {given:g}, by {found.match}: {found.match_reason}")
-    arms = arms_of(
-        training, given, mode=mode, head_lr_multiplier=multiplier or 1.0, shift=shift,
-        name="calibrated" if scale == "auto" else "given", control=control,
-    )  # fmt: skip
-    _announce(training, voice)
-    cells: dict[str, list[Any]] = {arm.name: [] for arm in arms}
-    for seed in range(seeds):
-        for arm in arms:
-            configuration = configuration_of(
-                backbone, arm.training.replace(seed=seed), source, corpus, revision=revision,
-                trust_remote_code=trust_remote_code, stop_early=not full_length,
-            )  # fmt: skip
-            with voice.progress(f"{arm.name}, seed {seed}") as bar:
-                watch = shown_steps(bar, training.steps)
-                cells[arm.name].append(
-                    run_cell(
-                        configuration, run_folder, bench=bench, on_step=watch, force=force,
-                        on_trained=keeping if seed == 0 and arm is arms[0] else None,
-                    )
-                )  # fmt: skip
-    results = [result_of(backbone, arm, cells[arm.name]) for arm in arms]
+    loading = Loading(revision=revision, trust_remote_code=trust_remote_code)
+    with launched(device) as team:
+        _announce(training, voice, team.size)
+        results = run_trial(
+            backbone, replace(plan, training=training), source, run_folder, bench=Bench(voice.note, team=team),
+            loading=loading, watch=lambda arm, seed: _steps_shown(voice, f"{arm}, seed {seed}", training.steps),
+            on_trained=keeping, force=force,
+        )  # fmt: skip
+    if not team.is_first:
+        raise typer.Exit(int(results[0].verdict.word != "stable"))
     for result in results:
         _judged(result, voice)
     if as_json:
@@ -198,6 +174,7 @@ def sweep(
     """
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
+    from headscale.live import Logs
     from headscale.render import SWEEP_COLUMNS, show, write_document
     from headscale.trials import Bench, TextSource, calibrated, configuration_of, negatives_of, planned
 
@@ -218,7 +195,10 @@ def sweep(
     for name in backbones:
 
         def scaled(name: str = name) -> tuple[float | None, ...]:
-            auto = calibrated(name, bench, corpus, training, reference).scale if "auto" in wanted else None
+            auto = None
+            if "auto" in wanted:
+                with voice.progress(f"calibrating {name}") as bar:
+                    auto = calibrated(name, bench, corpus, training, reference, on_batch=bar).scale
             values = {"auto": auto, "none": None}
             return tuple(values[w] if isinstance(w, str) else w for w in wanted)
 
@@ -228,10 +208,12 @@ def sweep(
 
         plan += attempt(planned_cells, voice, name) or []
     executor = grid.LocalProcesses(workers, threads) if workers else grid.InProcess(bench)
-    todo = len(plan) if force else len(grid.pending(plan, run_folder))
+    pending = plan if force else grid.pending(plan, run_folder)
+    todo = len(pending)
     voice.note(f"{len(plan)} cells, {len(plan) - todo} of them finished already (`{run_folder}`)")
     failures = 0
-    with voice.progress("sweep") as bar:
+    with voice.progress("sweep", follow=Logs([grid.log_of(one, run_folder) for one in pending])) as bar:
+        bar(0, todo)
         for done, outcome in enumerate(grid.sweep(plan, run_folder, executor=executor, force=force), start=1):
             if outcome.status != "done":
                 failures += 1
@@ -320,6 +302,12 @@ def _listed(text: str, option: str = "") -> tuple[str, ...]:
     return parts
 
 
+def _scale(text: str) -> float | Literal["auto"] | None:
+    if text == "auto":
+        return "auto"
+    return None if text == "none" else _constant(text, "--scale")
+
+
 def _constant(text: str, option: str) -> float:
     """A number above zero, also written as a fraction: 1/16."""
     import math
@@ -347,7 +335,15 @@ def _keeping(target: Path, mode: str, voice: Voice) -> Callable[[Any, Any, Any],
     return keep
 
 
-def _announce(training: Any, voice: Voice) -> None:
+@contextmanager
+def _steps_shown(voice: Voice, title: str, steps: int) -> Iterator[Any]:
+    from headscale.trials import shown_steps
+
+    with voice.progress(title) as bar:
+        yield shown_steps(bar, steps)
+
+
+def _announce(training: Any, voice: Voice, processes: int) -> None:
     from headscale.device import choose_device
     from headscale.verdict import Clock
 
@@ -356,6 +352,8 @@ def _announce(training: Any, voice: Voice) -> None:
     kind = "a whole schedule in" if training.compressed else f"of {training.horizon:,} steps, the first"
     voice.note(f"{kind} {training.steps:,}: {share:.0%} of the summed learning rate")
     voice.note(f"device {choice.name}: {choice.reason}")
+    if processes > 1:
+        voice.note(f"{processes} processes share every batch; the loss is that of the whole batch")
 
 
 def _judged(result: Any, voice: Voice) -> None:
