@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,9 @@ from headscale.errors import HeadscaleError, UsageError
 from headscale.records import StepRecord, TrialVerdict
 
 PROJECT = "headscale"
+_SUFFIX = ".headscale"
 Scalars = dict[str, float]
+OnStep = Callable[[StepRecord, TrialVerdict], object]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Backend:
 
 def _tensorboard(folder: Path, name: str, configuration: dict[str, Any]) -> Backend:
     _import("tensorboard")
-    writer = _import("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+    place = folder / "tensorboard"
+    for file in place.glob(f"events.out.tfevents.*{_SUFFIX}"):  # of an earlier run of the same cell
+        file.unlink()
+    writer = _import("torch.utils.tensorboard").SummaryWriter(str(place), filename_suffix=_SUFFIX)
     writer.add_text("configuration", _as_text({"name": name, **configuration}))
 
     def log(step: int, scalars: Scalars) -> None:
@@ -144,18 +150,46 @@ def scalars_of(record: StepRecord) -> Scalars:
     return {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
-def track_steps(
-    backend: str,
-    folder: Path,
-    name: str,
-    configuration: dict[str, Any],
-    steps: Iterable[StepRecord],
-    verdict: TrialVerdict | None,
-) -> None:
-    """Log a training that is over, such as a finished cell; arguments as for `Tracking`."""
-    with Tracking(backend, folder, name, configuration) as tracking:
-        for record in steps:
+@contextmanager
+def following(backend: str | None, folder: Path, configuration: dict[str, Any], then: OnStep) -> Iterator[OnStep]:
+    """What to call with every step of a cell, so that it is logged too; `then` alone without a backend.
+
+    Args:
+        backend: as for `Tracking`, or None.
+        folder: of the cell; its name is that of the run.
+        configuration: of the cell.
+        then: called with every record and verdict in any case.
+    """
+    if backend is None:
+        yield then
+        return
+    with Tracking(backend, folder, folder.name, configuration) as tracking:
+
+        def both(record: StepRecord, verdict: TrialVerdict) -> None:
             tracking(record, verdict)
+            then(record, verdict)
+
+        yield both
+
+
+def track_cell(backend: str, folder: Path) -> None:
+    """Log a finished training from its cell.
+
+    Args:
+        backend: as for `Tracking`.
+        folder: of the cell.
+
+    Raises:
+        NotFoundError: it is not there.
+        UnreadableError: it is no result of a training.
+    """
+    from headscale.cells import read_cell
+    from headscale.trials import read_trained
+
+    trained = read_trained(folder)
+    with Tracking(backend, folder, folder.name, read_cell(folder)["configuration"]) as tracking:
+        for record in trained.run.steps:
+            tracking(record, trained.verdict)
 
 
 def _import(name: str) -> Any:
