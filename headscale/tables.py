@@ -39,7 +39,7 @@ UNTOUCHED, RESCALED = "untouched", "rescaled"
 _NOT_RECIPE = frozenset({"scale", "seed", "device", "micro_batch", "update_every"})
 _OF_HEAD = frozenset({"mode", "head_lr_multiplier", "scale_bias", "shift"})
 _SHOWN = ("steps", "horizon", "batch_size", "lr")
-_SAID = {"head_lr_multiplier": "head lr", "batch_size": "batch", "horizon": "of a run of"}
+_SAID = {"head_lr_multiplier": "head lr", "batch_size": "batch"}
 _DEFAULTS = {f.name: f.default for f in fields(TrainingConfig) if f.default is not MISSING}
 
 
@@ -91,7 +91,13 @@ def _recipe(own: dict[str, Any], usual: dict[str, str], *, head: bool) -> str:
 
 def _setting(own: dict[str, Any]) -> str:
     """The training in short, for a title."""
-    return ", ".join(_word(n, own[n]) for n in _SHOWN if own.get(n) is not None)
+    shown = [n for n in _SHOWN if own.get(n) is not None and not (n == "horizon" and own.get("compressed"))]
+    words = {n: _word(n, own[n]) for n in shown}
+    if own.get("compressed"):
+        words["steps"] += ", the whole schedule"
+    elif "horizon" in words and "steps" in words:
+        words["steps"] += f" of {words.pop('horizon')}"
+    return ", ".join(words.values())
 
 
 def _settings(training: Training) -> dict[str, Any]:
@@ -113,10 +119,10 @@ def _word(name: str, value: Any) -> str:
         return str(value)
     if name == "scale_bias":
         return "bias scaled" if value else "bias kept"
-    said = {"head_lr_multiplier": "head lr", "batch_size": "batch", "horizon": "of a run of"}.get(
-        name, name.replace("_", " ")
-    )
+    said = {"head_lr_multiplier": "head lr", "batch_size": "batch"}.get(name, name.replace("_", " "))
     number = f"{value:.3g}" if isinstance(value, float) else str(value)
+    if name == "horizon":
+        return number
     if name == "steps":
         return f"{number} steps"
     return f"{said} {number}{'x' if name == 'head_lr_multiplier' else ''}"
@@ -363,8 +369,10 @@ def _published(published: DataFrame | None, results: Results) -> list[dict[str, 
     references = reference_names(results)
     rows = []
     frame = published if "scale" in published else published.assign(scale=1.0)
-    for (given, metric, scale), group in frame.groupby(["backbone", "metric", "scale"], sort=False):
-        alike = tails.get(str(given).rsplit("/", 1)[-1].lower(), [])
+    keys: Any
+    for keys, group in frame.groupby(["backbone", "metric", "scale"], sort=False):
+        given, metric, scale = str(keys[0]), str(keys[1]), float(keys[2])
+        alike = tails.get(given.rsplit("/", 1)[-1].lower(), [])
         backbone = names.get(given) or (alike[0] if len(alike) == 1 else given)
         value, low, high, seeds = _free_interval(group["value"].tolist())
         rows.append({
@@ -381,6 +389,12 @@ def _free_interval(values: Sequence[float]) -> tuple[float, float, float, int]:
     largest = max(1.0, *(abs(v) for v in values))
     mean, low, high, count = t_interval([v / largest for v in values])
     return mean * largest, low * largest, high * largest, count
+
+
+def rows_of(frame: DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table by column name."""
+    found: Any = frame.to_dict("records")
+    return list(found)
 
 
 # --- figure 1 ------------------------------------------------------------------------------------------------------
@@ -502,7 +516,7 @@ def sensitivity(results: Results) -> DataFrame:
     rows: list[dict[str, Any]] = [
         {**p, "kind": "point", "chance": p["chance_mrr"]} for p in _points(cells) if p["trainings"]
     ]
-    for cell in cells[cells["verdict"].notna()].to_dict("records"):
+    for cell in rows_of(cells[cells["verdict"].notna()]):
         rows.append({**cell, "kind": "seed", "metric": TRAINED_METRIC, "value": cell["mrr_test"], "seeds": 1})
     drawn = {row["backbone"] for row in rows}
     for calibration in results.calibrations:
@@ -603,7 +617,8 @@ def _chosen(results: Results, backbone: str, rescaled: DataFrame) -> float:
     for column in ("mrr_dev", "mrr_test"):
         means = rescaled.groupby("scale")[column].apply(_mean).dropna()
         if len(means):
-            return float(means.idxmax())
+            best: Any = means.idxmax()
+            return float(best)
     return float(rescaled["scale"].iloc[-1]) if len(rescaled) else math.nan
 
 
@@ -632,7 +647,7 @@ def _curve_rows(arm: DataFrame, trainings: Sequence[Training]) -> list[dict[str,
              "high": high, "seeds": int(n), "every": every}
             for step, middle, low, high, n in zip(steps, *columns, counts, strict=True)
         ]  # fmt: skip
-    for cell in arm[arm["verdict"].notna()].to_dict("records"):
+    for cell in rows_of(arm[arm["verdict"].notna()]):
         rows.append({**shared, "kind": "verdict", "step": int(cell["verdict_step"]), "verdict": cell["verdict"],
                      "seeds": 1, "every": every})  # fmt: skip
     return rows

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
-from headscale.figures.labels import Label, label_ends, settle
+from headscale.figures.labels import Label, label_ends, place, settle
 from headscale.figures.points import legible, log_axis
 from headscale.figures.style import (
     COLOURS,
@@ -22,12 +22,16 @@ from headscale.figures.style import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    Named = tuple[list[Label], list[np.ndarray]]
+
 MOST_ROWS = 24  # strips of row norms
 MOST_LINES = 4  # backbones whose curves are drawn
+_LABELLED = (5, 7, 6, 4, 8)  # of the quantiles, where the names of lines go by turns
 _MISSING = {
     "logit": "no logits: run\n`headscale inspect` with texts",
     "weight": "no pooled weights: run\n`headscale inspect` or `calibrate`\nwith texts, `--force` for old cells",
@@ -60,19 +64,20 @@ def draw_anatomy(data: DataFrame, ax: Axes | None = None, *, title: str = "", su
     figure, axes = panels(ax, 2, 2, size=(9.4, 7.4))
     rows, logits, weights, spectrum = axes
     shown = _row_norms(rows, data[data["part"] == "row_norm"], names, references, chosen)
-    ends = {
+    named = {
         logits: _distributions(logits, data, "logit", drawn, chosen, "logits of single positions [logit]"),
         weights: _distributions(weights, data, "weight", drawn, chosen, "pooled document weights above zero [weight]"),
-        spectrum: _spectrum(spectrum, data, drawn, chosen),
     }
+    ends = _spectrum(spectrum, data, drawn, chosen)
     heads = f"{len(names)} MLM head{'s' * (len(names) > 1)}"
     parts = ["solid: before the constant; dashed: after it", "row norms: median, middle half, 1 to 99 %"]
     if shown < len(names):
         parts.append(f"{shown} of {len(names)} heads drawn, evenly spaced by median row norm")
     titles(figure, axes, title or f"Anatomy of {heads}", subtitle or "; ".join(parts))
     settle(figure)
-    for panel, labels in ends.items():
-        label_ends(panel, labels)
+    for panel, (labels, lines) in named.items():
+        place(panel, labels, avoid=lines, size=7.5)
+    label_ends(spectrum, ends)
     return figure
 
 
@@ -88,7 +93,7 @@ def _row_norms(ax: Axes, data: DataFrame, names: list[str], references: list[str
     import numpy as np
 
     table = data.pivot_table(index="backbone", columns="place", values="value", aggfunc="first")
-    table = table.sort_values(50.0 if 50.0 in table else table.columns[0])
+    table = table.loc[table[50].sort_values(kind="stable").index]
     if len(table) > MOST_ROWS:
         kept = set(np.linspace(0, len(table) - 1, MOST_ROWS).round().astype(int))
         table = table[[i in kept or n in references for i, n in enumerate(table.index)]]
@@ -106,34 +111,29 @@ def _row_norms(ax: Axes, data: DataFrame, names: list[str], references: list[str
     return len(table)
 
 
-def _distributions(
-    ax: Axes, data: DataFrame, part: str, drawn: list[str], chosen: dict[str, str], label: str
-) -> list[Label]:
-    """Cumulative distributions from quantiles, before and after."""
+def _distributions(ax: Axes, data: DataFrame, part: str, drawn: list[str], chosen: dict[str, str], label: str) -> Named:
+    """Cumulative distributions from quantiles, before and after; returns their names, to be placed."""
     own = data[(data["part"] == part) & data["backbone"].isin(drawn) & data["value"].notna()]
     ax.set_xlabel(label)
     ax.set_ylabel("share below [%]")
     if own.empty:
-        return _nothing(ax, part)
+        _nothing(ax, part)
+        return [], []
     ax.set_ylim(0, 103)
-    short = distinct(drawn, 18)
-    for (name, scale), group in own.groupby(["backbone", "scale"], sort=False):
-        line = group.sort_values("place")
-        ax.plot(line["value"], line["place"], color=chosen[str(name)], linewidth=1.5,
-                linestyle="-" if scale == 1.0 else (0, (4, 2)))  # fmt: skip
-        text = short[str(name)] if scale == 1.0 else f"x {ratio_text(scale)}"
-        _inline(ax, line, text, legible(chosen[str(name)]))
-    return []
-
-
-def _inline(ax: Axes, line: DataFrame, text: str, colour: str) -> None:
-    """A name on its line; where two lines would meet, at different heights."""
-    taken = [float(t.get_position()[1]) for t in ax.texts if hasattr(t, "_headscale")]
-    free = [p for p in (75, 50, 25, 90, 10) if p not in taken and p in set(line["place"])]
-    place = free[0] if free else 50
-    x = float(line.loc[line["place"] == place, "value"].iloc[0])
-    note = ax.annotate(text, (x, place), (4, -2), textcoords="offset points", color=colour, fontsize=7.5, va="top")
-    note._headscale = True  # type: ignore[attr-defined]
+    if part == "logit":
+        ax.axvline(0, color=MUTED, linewidth=0.9, linestyle=":", zorder=0)
+    short = distinct(drawn, 22)
+    labels, lines = [], []
+    keys: Any
+    for i, (keys, group) in enumerate(own.groupby(["backbone", "scale"], sort=False)):
+        name, scale = keys
+        line = group.sort_values("place")[["value", "place"]].to_numpy(float)
+        ax.plot(*line.T, color=chosen[name], linewidth=1.5, linestyle="-" if scale == 1.0 else (0, (4, 2)))
+        at = line[_LABELLED[i % len(_LABELLED)] % len(line)]
+        text = short[name] if scale == 1.0 else f"{short[name]} x {ratio_text(scale)}"
+        labels.append(Label(float(at[0]), float(at[1]), text, legible(chosen[name])))
+        lines.append(line)
+    return labels, lines
 
 
 def _spectrum(ax: Axes, data: DataFrame, drawn: list[str], chosen: dict[str, str]) -> list[Label]:
@@ -141,7 +141,8 @@ def _spectrum(ax: Axes, data: DataFrame, drawn: list[str], chosen: dict[str, str
     ax.set_xlabel("rank of the singular value [1 = largest]")
     ax.set_ylabel("singular value of W [L2 norm]")
     if own.empty:
-        return _nothing(ax, "singular_value")
+        _nothing(ax, "singular_value")
+        return []
     short, ends = distinct(drawn, 18), []
     for name, line in own.groupby("backbone", sort=False):
         ax.plot(line["place"], line["value"], color=chosen[str(name)], linewidth=1.5)
@@ -153,9 +154,8 @@ def _spectrum(ax: Axes, data: DataFrame, drawn: list[str], chosen: dict[str, str
     return ends
 
 
-def _nothing(ax: Axes, part: str) -> list[Label]:
+def _nothing(ax: Axes, part: str) -> None:
     """A panel without data says which command makes them."""
     ax.set_xticks([])
     ax.set_yticks([])
     ax.annotate(_MISSING[part], (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", color=MUTED)
-    return []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
 from headscale.figures.labels import Label, label_ends, settle
-from headscale.figures.points import legible
+from headscale.figures.points import legible, log_axis
 from headscale.figures.style import (
     COLOURS,
     FOREGROUND,
@@ -25,6 +25,7 @@ from headscale.figures.style import (
     titles,
 )
 from headscale.records import TrainingRun
+from headscale.tables import rows_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,6 +71,7 @@ def draw_curves(data: DataFrame, ax: Axes | None = None, *, title: str = "", sub
         _panel(panel, data, arms, statistic, label)
     for panel in axes[-2:]:
         panel.set_xlabel("optimizer step [steps]")
+        panel.set_xticks([t for t in panel.get_xticks() if 0 <= t <= steps["step"].max() + 1])
     titles(figure, axes, title or _title(steps), subtitle or _subtitle(data, arms))
     settle(figure)
     for panel, statistic in zip(axes, _PANELS, strict=True):
@@ -79,13 +81,15 @@ def draw_curves(data: DataFrame, ax: Axes | None = None, *, title: str = "", sub
 
 def _arms(steps: DataFrame) -> list[dict[str, Any]]:
     """How each arm is drawn, in the order of the table."""
-    found = []
+    found: list[dict[str, Any]] = []
     others = 0
-    for (backbone, arm, scale), group in steps.groupby(["backbone", "arm", "scale"], sort=False):
+    key: Any
+    for key, group in steps.groupby(["backbone", "arm", "scale"], sort=False):
+        backbone, arm, scale = key
         reference = bool(group["reference"].iloc[0]) and arm == "untouched"
         name = "reference" if reference else arm if arm == "untouched" else f"x {ratio_text(scale)}"
         found.append({
-            "key": (backbone, arm, scale), "label": name, "backbone": backbone,
+            "key": key, "label": name, "backbone": backbone,
             "colour": REFERENCE_COLOUR if reference else COLOURS[others % len(COLOURS)],
             "line": LINES[len(found) % len(LINES)],
         })  # fmt: skip
@@ -95,7 +99,8 @@ def _arms(steps: DataFrame) -> list[dict[str, Any]]:
 
 def _of(data: DataFrame, arm: dict[str, Any]) -> DataFrame:
     backbone, kind, scale = arm["key"]
-    return data[(data["backbone"] == backbone) & (data["arm"] == kind) & (data["scale"] == scale)]
+    found: DataFrame = data[(data["backbone"] == backbone) & (data["arm"] == kind) & (data["scale"] == scale)]
+    return found
 
 
 def _panel(ax: Axes, data: DataFrame, arms: list[dict[str, Any]], statistic: str, label: str) -> None:
@@ -112,7 +117,7 @@ def _panel(ax: Axes, data: DataFrame, arms: list[dict[str, Any]], statistic: str
         ax.plot(x, values["value"], color=arm["colour"], linewidth=1.5, linestyle=arm["line"])
         if (line["seeds"] > 1).any():
             ax.fill_between(x, values["low"], values["high"], color=arm["colour"], alpha=0.18, linewidth=0)
-        for verdict in own[own["kind"] == "verdict"].drop_duplicates(["step", "verdict"]).to_dict("records"):
+        for verdict in rows_of(own[own["kind"] == "verdict"].drop_duplicates(["step", "verdict"])):
             at = np.searchsorted(x, min(verdict["step"], x[-1])) if len(x) else 0
             if len(x) and np.isfinite(values["value"].iloc[at]):
                 ax.plot(
@@ -120,10 +125,10 @@ def _panel(ax: Axes, data: DataFrame, arms: list[dict[str, Any]], statistic: str
                     markersize=7.5, markeredgewidth=0, linestyle="none", zorder=5,
                 )  # fmt: skip
     if logarithmic:
-        ax.set_yscale("log")
+        log_axis(ax, "y")
     if statistic == "loss_over_ln_n":
-        ax.axhline(1.0, color=MUTED, linewidth=0.9, linestyle=":")
-    for band in data[(data["kind"] == "band") & (data["statistic"] == statistic)].to_dict("records"):
+        ax.plot([0, last], [1, 1], color=MUTED, linewidth=0.9, linestyle=":", zorder=0)  # chance
+    for band in rows_of(data[(data["kind"] == "band") & (data["statistic"] == statistic)]):
         ax.axhspan(band["low"], band["high"], color=MUTED, alpha=0.18, linewidth=0)
         ax.annotate(band["verdict"], (0.4, band["high"]), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", fontsize=TINY, color=MUTED)  # fmt: skip

@@ -36,7 +36,7 @@ def settle(figure: Figure) -> None:
     figure.set_layout_engine("none")
 
 
-def place(ax: Axes, labels: Sequence[Label], *, avoid: Sequence[tuple[float, float]] = (), size: float = SMALL) -> int:
+def place(ax: Axes, labels: Sequence[Label], *, avoid: Sequence[np.ndarray] = (), size: float = SMALL) -> int:
     """Put labels beside their points, the first ones first; returns how many found no room and were left out.
 
     Args:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from headscale.constants import ratio_text
 from headscale.figures.labels import Label, place
 from headscale.figures.style import COLOURS, FOREGROUND, MUTED, SHAPES, colours, distinct
+from headscale.tables import rows_of
 from headscale.verdict import WORDS
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def label_points(ax: Axes, data: DataFrame, x: str, chosen: dict[str, str], avoi
     named = named.sort_values(["reference", "_own", "value"], ascending=[False, False, False], kind="stable")
     names = named.drop_duplicates("backbone")
     rest = named.drop(names.index).sort_values("scale")
-    labels = [_label(row, x, short[row["backbone"]], chosen) for row in names.to_dict("records")]
-    labels += [_label(row, x, "", chosen) for row in rest.to_dict("records")]
-    lines = [np.array([(r[x], r["low"]), (r[x], r["high"])]) for r in data[data["low"].notna()].to_dict("records")]
+    labels = [_label(row, x, short[row["backbone"]], chosen) for row in rows_of(names)]
+    labels += [_label(row, x, "", chosen) for row in rows_of(rest)]
+    lines = [np.array([(r[x], r["low"]), (r[x], r["high"])]) for r in rows_of(data[data["low"].notna()])]
     if len(chosen) <= MANY:
         ordered = data.sort_values("scale").drop_duplicates(["backbone", "scale"])
         lines += [own[[x, "value"]].to_numpy(float) for _, own in ordered.groupby("backbone")]
@@ -134,5 +135,5 @@ def log_axis(ax: Axes, which: str = "x") -> None:
 def chance(ax: Axes, value: float, where: str = "chance") -> None:
     """A dotted line at what a random order reaches."""
     ax.axhline(value, color=MUTED, linewidth=0.9, linestyle=":", zorder=0)
-    ax.annotate(where, (1.0, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), ha="right",
+    ax.annotate(where, (1.0, value), xycoords=("axes fraction", "data"), xytext=(3, 0), va="center",
                 textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from headscale.errors import HeadscaleError
-from headscale.figures.labels import settle, spread
+from headscale.figures.labels import settle
 from headscale.figures.points import chance, intervals_key, shapes_key
 from headscale.figures.style import (
     COLOURS,
@@ -23,7 +23,8 @@ from headscale.figures.style import (
     styled,
     titles,
 )
-from headscale.verdict import FAILED, WORDS
+from headscale.tables import worst_word
+from headscale.verdict import FAILED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MOST_PANELS = 6
+_FAR = 64.0  # a target's constant further than this from any that was trained is left out
 _HATCH = {"degraded": "..", "collapsed": "////", "diverged": "\\\\\\\\"}
 
 
@@ -78,12 +80,14 @@ def draw_sensitivity(
     for panel in axes[len(shown) :]:
         panel.set_axis_off()
     for panel, name in zip(axes, shown, strict=False):
-        _panel(panel, trained[trained["backbone"] == name], name)
+        targets = data[(data["kind"] == "target") & (data["backbone"] == name)]
+        _panel(panel, trained[trained["backbone"] == name], name, list(targets["scale"]))
     first = trained.iloc[0]
     left_out = f", {len(shown)} of {len(several)} backbones" if len(shown) < len(several) else ""
     own = ", ".join(t for t in (first["setting"], first["recipe"]) if t) + left_out
     points = trained[trained["kind"] == "point"]
     said = f"{intervals_key(points.assign(interval=_interval(points)))}; {shapes_key(trained)}"
+    said += "; hollow: untouched" if (trained["arm"] == "untouched").any() else ""
     titles(figure, axes, title or own, subtitle or said)
     settle(figure)
     for panel, name in zip(axes, shown, strict=False):
@@ -97,7 +101,7 @@ def _interval(points: DataFrame) -> Any:
     return points["seeds"].map(lambda n: SEED_INTERVAL if n > 1 else "")
 
 
-def _panel(ax: Axes, data: DataFrame, name: str) -> None:
+def _panel(ax: Axes, data: DataFrame, name: str, targets: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     from headscale.constants import ratio_text
@@ -113,15 +117,19 @@ def _panel(ax: Axes, data: DataFrame, name: str) -> None:
                 (held["high"] - held["value"]).clip(lower=0)], fmt="none", ecolor=colour, elinewidth=0.9, capsize=2.5,
                 alpha=0.8)  # fmt: skip
     seeds = data[(data["kind"] == "seed") & data["value"].notna()]
-    for (verdict, arm), group in seeds.groupby(["verdict", "arm"], sort=False):
+    keys: Any
+    for keys, group in seeds.groupby(["verdict", "arm"], sort=False):
+        verdict, arm = keys
         face = "none" if arm == "untouched" else colour
         ax.plot(group["scale"], group["value"], marker=SHAPES.get(verdict, "o"), markersize=5.5, linestyle="none",
                 markerfacecolor=face, markeredgecolor=colour, markeredgewidth=0.9, zorder=3)  # fmt: skip
-    low, high = data["scale"].min() / 1.5, data["scale"].max() * 1.5
+    low, high = data["scale"].min(), data["scale"].max()
+    near = [a for a in targets if low / _FAR <= a <= high * _FAR]
+    low, high = min([low, *near]) / 1.5, max([high, *near]) * 1.5
     ax.set_xlim(low, high)
-    top = max(0.02, float(data[["value", "high"]].max().max())) * 1.18
-    ax.set_ylim(-0.14 * top, top)
-    _regions(ax, points, low, high)
+    top = max(0.02, float(data[["value", "high"]].max().max())) * 1.45  # room for the words above
+    ax.set_ylim(-0.03 * top, top)
+    _regions(ax, points, seeds, low, high)
     if data["chance"].notna().any():
         chance(ax, float(data["chance"].max()))
     exponents = math.log2(high / low)
@@ -134,70 +142,68 @@ def _panel(ax: Axes, data: DataFrame, name: str) -> None:
     ax.set_title(f"{shorten(name, 40)}{note}", loc="left", fontsize=SMALL + 0.5, color=FOREGROUND)
 
 
-def _regions(ax: Axes, points: DataFrame, low: float, high: float) -> None:
-    """Hatch the constants with a bad worst verdict, half-way to their neighbours, and say the word."""
-    worst = points.groupby("scale")["verdict"].agg(lambda words: max(words, key=lambda w: WORDS.index(w) if w else -1))
-    scales = list(worst.index)
+def _regions(ax: Axes, points: DataFrame, seeds: DataFrame, low: float, high: float) -> None:
+    """Hatch the constants with a bad worst verdict, half-way to their neighbours, and say how many seeds it is of."""
+    worst = points.groupby("scale")["verdict"].agg(worst_word)
+    scales = [float(a) for a in worst.index]
     edges = [low, *(math.sqrt(a * b) for a, b in itertools.pairwise(scales)), high]
-    words = list(worst)
-    start = 0
-    for i in range(1, len(words) + 1):
-        if i < len(words) and words[i] == words[start]:
+    for word, group in itertools.groupby(range(len(scales)), key=lambda i: worst.iloc[i]):
+        own = list(group)
+        if word not in FAILED and word != "degraded":
             continue
-        word = words[start]
-        if word in FAILED or word == "degraded":
-            ax.axvspan(edges[start], edges[i], facecolor="none", edgecolor=MUTED, hatch=_HATCH[word], linewidth=0,
-                       alpha=0.45, zorder=0)  # fmt: skip
-            ax.annotate(word, (math.sqrt(edges[start] * edges[i]), 1), xycoords=("data", "axes fraction"),
-                        xytext=(0, -3), textcoords="offset points", ha="center", va="top", fontsize=TINY,
-                        color=FOREGROUND, rotation=0 if i - start > 1 else 90)  # fmt: skip
-        start = i
+        left, right = edges[own[0]], edges[own[-1] + 1]
+        ax.axvspan(left, right, facecolor="none", edgecolor=MUTED, hatch=_HATCH[word], linewidth=0, alpha=0.45,
+                   zorder=0)  # fmt: skip
+        here = seeds.loc[seeds["scale"].isin([scales[i] for i in own]), "verdict"]
+        count = int((here == word).sum())
+        text = word if count == len(here) else f"{count} of {len(here)} {word}"
+        wide = math.log(right / left) > 0.22 * math.log(high / low)
+        ax.annotate(text, (math.sqrt(left * right), 1), xycoords=("data", "axes fraction"), xytext=(0, -3),
+                    textcoords="offset points", ha="center", va="top", fontsize=TINY, color=FOREGROUND,
+                    rotation=0 if wide else 90)  # fmt: skip
+
+
+def _target_names(targets: DataFrame) -> dict[float, str]:
+    """What to call each constant: the targets that give it; of the variants of one, those that differ from it."""
+    found: dict[float, str] = {}
+    for scale, group in targets.groupby("scale"):
+        names = list(dict.fromkeys(group["target"]))
+        plain = [n for n in names if ":" not in n]
+        variants = [n.split(":", 1)[1] for n in names if ":" in n and n.split(":", 1)[0] not in plain]
+        chosen = [n for n in plain if group.loc[group["target"] == n, "chosen"].any()]
+        words = [*(f"{n} (chosen)" for n in chosen), *(n for n in plain if n not in chosen), *variants]
+        found[float(str(scale))] = ", ".join(words)
+    return found
 
 
 def _targets(ax: Axes, targets: DataFrame) -> None:
-    """A triangle on the axis at the constant of each target, its name below the data, moved apart where they meet."""
-    import numpy as np
-
-    if targets.empty:
-        return
+    """A triangle on the axis at the constant of each target, its name above it, in as many lanes as it takes."""
     low, high = ax.get_xlim()
-    names: dict[float, list[str]] = {}
-    chosen: set[float] = set()
-    for row in targets.to_dict("records"):
-        at = float(np.clip(row["scale"], low, high))
-        beyond = "" if at == row["scale"] else (" (further left)" if row["scale"] < low else " (further right)")
-        names.setdefault(at, []).append(f"{row['target']}{beyond}")
-        if row["chosen"]:
-            chosen.add(at)
+    names = {a: text for a, text in _target_names(targets).items() if low <= a <= high}
+    if not names:
+        return
+    chosen = set(targets.loc[targets["chosen"].astype(bool), "scale"])
     figure: Any = ax.get_figure(root=True)
-    bottom = ax.get_ylim()[0]
-    for at in names:
+    frame, scale = ax.get_window_extent(), figure.dpi / 72.0
+    lanes: list[float] = []  # where the last text of each lane ends, in pixels
+    placed = []
+    for at, text in sorted(names.items()):
+        pixel = float(ax.transData.transform((at, 0.0))[0])
+        width = extent(figure, text, TINY)[0] * scale
+        left = min(max(pixel - width / 2, frame.x0 + 2), frame.x1 + 30 * scale - width)
+        lane = next((i for i, end in enumerate(lanes) if end + 5 * scale < left), len(lanes))
+        lanes[lane : lane + 1] = [left + width]
+        placed.append((at, text, (left + width / 2 - pixel) / scale, lane))
+    zone = 12 + 10 * len(lanes)
+    bottom, top = min(0.0, ax.get_ylim()[0]), ax.get_ylim()[1]
+    bottom = -top * zone / (frame.height / scale - zone)
+    ax.set_ylim(bottom, top)
+    for at, text, shift, lane in placed:
         mark = at in chosen
         ax.plot(at, bottom, marker="^", markersize=9 if mark else 6, color=FOREGROUND if mark else MUTED,
                 clip_on=False, linestyle="none", zorder=4)  # fmt: skip
+        ax.annotate(text, (at, bottom), (shift, 6 + 10 * lane), textcoords="offset points", ha="center", va="bottom",
+                    fontsize=TINY, color=FOREGROUND, fontweight="bold" if mark else "normal",
+                    annotation_clip=False)  # fmt: skip
         if mark:
             ax.axvline(at, color=FOREGROUND, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)
-    _target_names(ax, figure, sorted(names.items()), chosen, bottom)
-
-
-def _target_names(
-    ax: Axes, figure: Any, names: Sequence[tuple[float, list[str]]], chosen: set[float], bottom: float
-) -> None:
-    """Names above the triangles, in two rows by turns, so that neighbours do not meet."""
-    import numpy as np
-
-    scale = figure.dpi / 72.0
-    frame = ax.get_window_extent()
-    for row in (0, 1):
-        own = names[row::2]
-        if not own:
-            continue
-        texts = [", ".join(words) + (" (chosen)" if at in chosen else "") for at, words in own]
-        pixels = ax.transData.transform(np.array([(at, bottom) for at, _ in own]))[:, 0]
-        widths = [extent(figure, text, TINY)[0] * scale for text in texts]
-        places = spread(list(pixels), max(widths) + 4 * scale)
-        for (at, _), text, pixel, place, width in zip(own, texts, pixels, places, widths, strict=True):
-            inside = min(max(place, frame.x0 + width / 2 + 2), frame.x1 + 20 * scale - width / 2)
-            ax.annotate(text, (at, bottom), ((inside - pixel) / scale, 8 + 9 * row), textcoords="offset points",
-                        ha="center", va="bottom", fontsize=TINY, color=FOREGROUND,
-                        fontweight="bold" if at in chosen else "normal", annotation_clip=False)  # fmt: skip

@@ -55,7 +55,8 @@ def styled() -> Iterator[None]:
     """The settings of all figures inside; matplotlib's as before on leaving. Also a decorator."""
     from matplotlib import rc_context
 
-    with rc_context(_SETTINGS):
+    settings: Any = _SETTINGS
+    with rc_context(settings):
         yield
 
 
@@ -174,7 +175,7 @@ def titles(figure: Figure, axes: Sequence[Axes], title: str, subtitle: str) -> N
     height, top = figure.get_figheight() * 72, 0.0
     for line, size in lines:
         top += 1.4 * size
-        figure.text(0.01, 1 - (top - 0.3 * size) / height, line, fontsize=size, color=FOREGROUND, in_layout=False)
+        figure.text(0.01, 1 - (top - 0.3 * size) / height, line, fontsize=size, color=FOREGROUND)
     engine.set(rect=(0, 0, 1, 1 - (top + 5) / height))  # type: ignore[call-arg]
 
 
@@ -201,7 +202,8 @@ def extent(figure: Figure, text: str, size: float) -> tuple[float, float]:
 
 
 def shorten(name: str, most: int = 28) -> str:
-    """A name cut in its middle; the owner of a hub id and `bundled:` go first."""
+    """A name cut in its middle; `bundled:` and the owner of a long hub id go first."""
+    name = name.removeprefix("bundled:")
     if len(name) > most:
         name = name.rsplit("/", 1)[-1] or name
     if len(name) <= most:
