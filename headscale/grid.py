@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headscale import cells
+from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError, UsageError
 from headscale.recipes import TrainingConfig
 from headscale.records import SweepRow, TrainedCell
@@ -101,6 +102,14 @@ class Axes:
 def pending(configurations: Sequence[Configuration], run: Path) -> list[Configuration]:
     """The cells that are not finished in a run folder."""
     return [one for one in configurations if cells.finished(folder_of(one, run), one) is None]
+
+
+def log_of(configuration: Configuration, run: Path) -> tuple[str, Path, int]:
+    """What a cell is called, the folder with its log, and how many steps it takes: what a display can follow."""
+    training = configuration["training"]
+    head = "untouched" if training["mode"] == "none" else ratio_text(training["scale"])
+    name = configuration["backbone"].removeprefix("bundled:")
+    return f"{name}, {head}, seed {training['seed']}", folder_of(configuration, run), int(training["steps"])
 
 
 def sweep(

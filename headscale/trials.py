@@ -463,7 +463,14 @@ def arms_of(
     return (judged, untouched) if control else (judged,)
 
 
-def calibrated(name: str, bench: Bench, corpus: Corpus, training: TrainingConfig, reference: str) -> Calibration:
+def calibrated(
+    name: str,
+    bench: Bench,
+    corpus: Corpus,
+    training: TrainingConfig,
+    reference: str,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Calibration:
     """The constant that `calibrate` would choose, on texts cut as the training cuts them.
 
     Args:
@@ -472,6 +479,7 @@ def calibrated(name: str, bench: Bench, corpus: Corpus, training: TrainingConfig
         corpus: of the training; its dev pairs are measured, or the first of its training pairs without any.
         training: gives the lengths.
         reference: the backbone or profile to match.
+        on_batch: called with (batches done, batches in all).
 
     Raises:
         HeadscaleError: no constant is within reach.
@@ -484,8 +492,8 @@ def calibrated(name: str, bench: Bench, corpus: Corpus, training: TrainingConfig
 
     pairs = (corpus.dev or corpus.train)[:BUILT_IN_PAIRS]
     texts = texts_of(pairs, "trial", Encoding(training.query_length, training.document_length, BATCH))
-    found = find_reference(reference, texts, Loading(tell=bench.tell))
-    calibration = choose(measure(bench.backbone(name), texts), found)
+    found = find_reference(reference, texts, Loading(tell=bench.tell, on_batch=on_batch))
+    calibration = choose(measure(bench.backbone(name), texts, on_batch=on_batch), found)
     if calibration.scale is None:
         raise HeadscaleError(
             f"no constant is within reach for `{name}`: {calibration.verdict.evidence}",
@@ -514,12 +522,13 @@ def lean(result: TrialResult) -> TrialResult:
 
 def shown_steps(progress: Progress, steps: int) -> OnStep:
     """What a progress display shows of a run while it goes on."""
+    from headscale.live import point_of
 
     def show(record: StepRecord, verdict: TrialVerdict) -> None:
         text = (
             f"loss {record.loss_over_ln_n:.2f} ln N, {record.active_dims_query:.0f}/{record.active_dims_document:.0f} "
             f"dims, score sd {record.score_sd:.3g}, {verdict.word}"
         )
-        progress(record.step + 1, steps, text)
+        progress(record.step + 1, steps, text, point_of(record))
 
     return show
