@@ -596,6 +596,20 @@ class Sparsity(Record):
 
 
 @dataclass(frozen=True)
+class Impacts(Record):
+    """What rounding to whole numbers does to the weights of a collection; shares are of the weights above zero."""
+
+    rounding: str  # `x100`, or a number of bits
+    word: str  # `kept`: no weight became 0; `thinned`: some did; `emptied`: a text lost its last one
+    step_query: float  # weights below half of it become 0
+    step_document: float
+    largest: int  # impact
+    lost_query: float
+    lost_document: float
+    emptied: int  # texts that had an active term and have none left
+
+
+@dataclass(frozen=True)
 class SystemResult(Record):
     """How well one system ranks a collection, ties broken against it, and how sparse it is.
 
@@ -613,6 +627,7 @@ class SystemResult(Record):
     flops_cost: float | None  # expected multiplications per query-document pair
     retrieved: float | None  # mean number of documents that share a term with the query, at most the run's depth
     run: str | None = None  # the file with its ranking, in the TREC format
+    impacts: Impacts | None = None  # of rounded weights
 
 
 @dataclass(frozen=True)
@@ -629,3 +644,6 @@ class Evaluation(Record):
     seed: int
     systems: tuple[SystemResult, ...]  # the model first
     warnings: tuple[str, ...] = ()
+    pooling: str = "max"  # over positions, or `sum`
+    activation: str = "relu"  # inside log1p, or `log1p_relu`
+    queries: str = "model"  # or where the IDF table that stands for it is from

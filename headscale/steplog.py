@@ -59,7 +59,7 @@ def read_steps(path: str | Path) -> list[dict[str, Any]]:
         raise NotFoundError(f"there is no `{path}`", "give the folder of a run") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(f"`{path}` cannot be read: {error}") from None
-    names = {f.name for f in dataclasses.fields(StepRecord)}
+    names = {f.name for f in dataclasses.fields(StepRecord) if f.default is dataclasses.MISSING}
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished
         try:
