@@ -46,6 +46,7 @@ class Team:
     local_size: int = 1
     _control: Any = None  # a group on the CPU for words, beside the one for tensors
     _signalled: bool = field(default=False, init=False)
+    _agreed_on: BaseException | None = field(default=None, init=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -63,6 +64,10 @@ class Team:
                 f"{self.size} processes cannot share the device `{requested}`", "use `auto`, `cuda` or `cpu`"
             )
         return f"cuda:{self.local_rank}" if requested == "cuda" else requested
+
+    def leaves_to_first(self, error: BaseException) -> bool:
+        """Whether the first process raises it too, and says it."""
+        return not self.is_first and error is self._agreed_on
 
     # --- the batch ---------------------------------------------------------------------------------------------
 
@@ -154,6 +159,9 @@ class Team:
             error = caught
         try:
             self._settle(error)
+        except BaseException as settled:
+            self._agreed_on = settled if isinstance(settled, HeadscaleError | KeyboardInterrupt) else None
+            raise
         finally:
             error = None  # its traceback holds the batch's tensors
 

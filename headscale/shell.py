@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure and calibrate the MLM-head scale of a backbone before training a SPLADE retriever on it.",
 )
-state: dict[str, Any] = {"debug": False, "saved": None, "command": None}
+state: dict[str, Any] = {"debug": False, "saved": None, "command": None, "silent": False}
 
 
 def begin(sentence: str, quiet: bool, debug: bool, saved: Path | None) -> Voice:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from headscale.environment import launched_processes
 from headscale.errors import HeadscaleError, UsageError
 from headscale.options import (
     RUN_FOLDER,
@@ -44,7 +45,7 @@ from headscale.options import (
     Trust,
 )
 from headscale.render import Voice
-from headscale.shell import app, attempt, begin, loading_with, watched
+from headscale.shell import app, attempt, begin, loading_with, state, watched
 
 
 @app.command()
@@ -112,15 +113,15 @@ def trial(
     training = training.replace(negatives=negatives_of(recipe, negatives, source))
     keeping = None if save_model is None else _keeping(save_model, mode if scale != "none" else "none", voice)
     loading = Loading(revision=revision, trust_remote_code=trust_remote_code)
-    with launched(device) as team:
+    with launched(device) as team, _said_once(team):
         _announce(training, voice, team.size)
         results = run_trial(
             backbone, replace(plan, training=training), source, run_folder, bench=Bench(voice.note, team=team),
             loading=loading, watch=lambda arm, seed: _steps_shown(voice, f"{arm}, seed {seed}", training.steps),
             on_trained=keeping, force=force,
         )  # fmt: skip
-    if not team.is_first:
-        raise typer.Exit(int(results[0].verdict.word != "stable"))
+    if not team.is_first:  # the first one's exit code counts; a launcher would end it where another left with one
+        raise typer.Exit(0)
     for result in results:
         _judged(result, voice)
     if as_json:
@@ -172,6 +173,11 @@ def sweep(
 
     Backbones x constants x modes x learning rates x seeds, each an independent cell.
     """
+    if launched_processes() > 1:
+        raise UsageError(
+            "a sweep spreads its cells itself, and cannot share them with processes of `torchrun`",
+            "start it alone, with `--workers N`",
+        )
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
     from headscale.live import Logs
@@ -333,6 +339,18 @@ def _keeping(target: Path, mode: str, voice: Voice) -> Callable[[Any, Any, Any],
         voice.note(f"the trained model is in `{target}`; loaded again, it differs by {error:.1e} of the largest weight")
 
     return keep
+
+
+@contextmanager
+def _said_once(team: Any) -> Iterator[None]:
+    """Leave an error that all processes have to the first one."""
+    try:
+        yield
+    except (HeadscaleError, KeyboardInterrupt) as error:
+        if not team.leaves_to_first(error):
+            raise
+        state["silent"] = True
+        raise
 
 
 @contextmanager
