@@ -73,6 +73,8 @@ def draw_anatomy(data: DataFrame, ax: Axes | None = None, *, title: str = "", su
     parts = ["solid: before the constant; dashed: after it", "row norms: median, middle half, 1 to 99 %"]
     if shown < len(names):
         parts.append(f"{shown} of {len(names)} heads drawn, evenly spaced by median row norm")
+    if len(drawn) < len(names):
+        parts.append(f"curves of {len(drawn)}")
     titles(figure, axes, title or f"Anatomy of {heads}", subtitle or "; ".join(parts))
     settle(figure)
     for panel, (labels, lines) in named.items():

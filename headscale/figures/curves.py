@@ -19,8 +19,8 @@ from headscale.figures.style import (
     SHAPES,
     SMALL,
     TINY,
+    distinct,
     panels,
-    shorten,
     styled,
     titles,
 )
@@ -71,7 +71,7 @@ def draw_curves(data: DataFrame, ax: Axes | None = None, *, title: str = "", sub
         _panel(panel, data, arms, statistic, label)
     for panel in axes[-2:]:
         panel.set_xlabel("optimizer step [steps]")
-        panel.set_xticks([t for t in panel.get_xticks() if 0 <= t <= steps["step"].max() + 1])
+        panel.set_xticks([t for t in panel.get_xticks() if 0 <= t <= steps["step"].max() + 1e-9])
     titles(figure, axes, title or _title(steps), subtitle or _subtitle(data, arms))
     settle(figure)
     for panel, statistic in zip(axes, _PANELS, strict=True):
@@ -152,9 +152,9 @@ def _ends(steps: DataFrame, arms: list[dict[str, Any]], statistic: str) -> list[
 
 
 def _title(steps: DataFrame) -> str:
-    names = dict.fromkeys(steps["backbone"])
+    names = distinct(list(dict.fromkeys(steps["backbone"])), 40)
     first = steps.iloc[-1]
-    parts = [" and ".join(shorten(n, 40) for n in names), first["setting"], first["recipe"]]
+    parts = [" and ".join(names.values()), first["setting"], first["recipe"]]
     return ": ".join(p for p in (parts[0], ", ".join(p for p in parts[1:] if p)) if p)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headscale.errors import HeadscaleError
 from headscale.figures.labels import settle
-from headscale.figures.points import choose, draw_points, intervals_key, label_points, log_axis, shapes_key
+from headscale.figures.points import caption, choose, draw_points, intervals_key, label_points, log_axis, shapes_key
 from headscale.figures.style import panels, styled, titles
 from headscale.tables import LEAST_BACKBONES, rank_correlation
 
@@ -61,8 +61,7 @@ def draw_norm_effectiveness(
         f"{NORMS.get(first['norm_name'], first['norm_name'])} of the MLM head, constant included [L2 norm]"
     )
     panel.set_ylabel(f"{first['metric']} [{'share' if points['value'].max() <= 1 else 'points'}]")
-    counts = f"{len(chosen)} backbone{'s' * (len(chosen) > 1)}, {len(points)} point{'s' * (len(points) > 1)}"
-    own = title or ", ".join(t for t in (counts, first["setting"], first["recipe"]) if t)
+    own = title or caption(points, data)
     said = subtitle or "; ".join(t for t in (_correlation(points), intervals_key(points), shapes_key(points)) if t)
     titles(figure, axes, own, said)
     settle(figure)

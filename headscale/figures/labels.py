@@ -52,15 +52,16 @@ def place(ax: Axes, labels: Sequence[Label], *, avoid: Sequence[np.ndarray] = ()
     points = ax.transData.transform(np.array([(label.x, label.y) for label in labels], dtype=float).reshape(-1, 2))
     along = np.concatenate([np.empty((0, 2)), *(_sampled(ax.transData.transform(line), 6.0 * scale) for line in avoid)])
     half, thin = 4.0 * scale, 1.0 * scale  # a marker, a line
-    taken = np.concatenate([  # (boxes, 4): left, bottom, right, top
-        np.column_stack([points - half, points + half]), np.column_stack([along - thin, along + thin])
-    ])  # fmt: skip
+    taken = np.column_stack([points - half, points + half])  # (boxes, 4): left, bottom, right, top
+    lines = np.column_stack([along - thin, along + thin])
     frame = ax.get_window_extent()
     inside = np.array([frame.x0, frame.y0, frame.x1 + 40 * scale, frame.y1])
     left_out = 0
     for label, point in zip(labels, points, strict=False):
         width, height = extent(figure, label.text, size)
-        found = _room(point, (width * scale, height * scale), taken, inside, scale)
+        size_of = (width * scale, height * scale)
+        found = _room(point, size_of, np.vstack([taken, lines]), inside, scale)
+        found = found or _room(point, size_of, taken, inside, scale)  # better on a line than not there
         if found is None:
             left_out += 1
             continue

@@ -38,35 +38,47 @@ def choose(data: DataFrame, x: str, recipe: str | None, metric: str | None) -> D
 def draw_points(ax: Axes, data: DataFrame, x: str) -> dict[str, str]:
     """Markers with intervals, and a line through the constants of each backbone; returns the colours.
 
-    Beyond `MANY` backbones all but the references have one colour and no line.
+    Beyond `MANY` backbones all but the references have one colour, no line and no interval, and rescaled heads are
+    faint.
     """
     names = list(dict.fromkeys(data["backbone"]))
     references = set(data.loc[data["reference"].astype(bool), "backbone"])
-    many = len(names) > MANY
+    if len(names) > MANY:
+        others = data[~data["backbone"].isin(references)]
+        for arm, group in others.groupby("arm"):
+            _markers(ax, group, x, COLOURS[1], 4.5, alpha=1.0 if arm == "untouched" else 0.3)
+        _markers(ax, data[data["backbone"].isin(references)], x, FOREGROUND, 7.0)
+        return {n: FOREGROUND if n in references else COLOURS[1] for n in names}
     chosen = colours(names, list(references))
-    if many:
-        chosen = {n: FOREGROUND if n in references else COLOURS[1] for n in names}
     for name in sorted(names, key=lambda n: n in references):
         own = data[data["backbone"] == name].sort_values("scale")
-        if len(own) > 1 and not many:
-            line = own.drop_duplicates("scale")
+        line = own.drop_duplicates("scale")
+        if len(line) > 1:
             ax.plot(line[x], line["value"], color=chosen[name], linewidth=0.9, alpha=0.5, zorder=1)
-        _markers(ax, own, x, chosen[name], 4.5 if many else 6.0)
+        held = own[own["low"].notna()]
+        if len(held):
+            errors = [(held["value"] - held["low"]).clip(lower=0), (held["high"] - held["value"]).clip(lower=0)]
+            ax.errorbar(held[x], held["value"], yerr=errors, fmt="none", ecolor=chosen[name], elinewidth=0.9,
+                        capsize=2, alpha=0.8, zorder=2)  # fmt: skip
+        _markers(ax, own, x, chosen[name], 6.0)
     return chosen
 
 
-def _markers(ax: Axes, own: DataFrame, x: str, colour: str, size: float) -> None:
-    held = own[own["low"].notna()]
-    if len(held):
-        errors = [held["value"] - held["low"], held["high"] - held["value"]]
-        ax.errorbar(held[x], held["value"], yerr=[e.clip(lower=0) for e in errors], fmt="none", ecolor=colour,
-                    elinewidth=0.9, capsize=2, alpha=0.8, zorder=2)  # fmt: skip
+def _markers(ax: Axes, own: DataFrame, x: str, colour: str, size: float, alpha: float = 1.0) -> None:
     for verdict, group in own.groupby("verdict", sort=False):
         ax.plot(group[x], group["value"], marker=SHAPES.get(str(verdict), "o"), markersize=size, color=colour,
-                markeredgewidth=0, linestyle="none", zorder=3)  # fmt: skip
+                markeredgewidth=0, linestyle="none", alpha=alpha, zorder=3)  # fmt: skip
 
 
-def label_points(ax: Axes, data: DataFrame, x: str, chosen: dict[str, str], avoid: Sequence[np.ndarray] = ()) -> int:
+def label_points(
+    ax: Axes,
+    data: DataFrame,
+    x: str,
+    chosen: dict[str, str],
+    *,
+    avoid: Sequence[np.ndarray] = (),
+    first: Sequence[Label] = (),
+) -> int:
     """Names at one point of each backbone, constants at the others, references first; returns how many did not fit.
 
     Args:
@@ -75,18 +87,24 @@ def label_points(ax: Axes, data: DataFrame, x: str, chosen: dict[str, str], avoi
         x: the column on the x axis.
         chosen: colours, from `draw_points`.
         avoid: further lines that no label may cover.
+        first: further labels, placed before all others.
     """
     import numpy as np
+    import pandas as pd
 
     short = distinct(list(chosen))
     named = data.assign(_own=(data["scale"] == 1.0) & (data["arm"] == "untouched"))
     named = named.sort_values(["reference", "_own", "value"], ascending=[False, False, False], kind="stable")
     names = named.drop_duplicates("backbone")
     rest = named.drop(names.index).sort_values("scale")
-    labels = [_label(row, x, short[row["backbone"]], chosen) for row in rows_of(names)]
+    if len(names) > MANY:  # the references, and those that do best and worst
+        names, rest = pd.concat([names[names["reference"]], names.head(4), names.tail(3)]), rest.head(0)
+        names = names.drop_duplicates("backbone")
+    labels = [*first, *(_label(row, x, short[row["backbone"]], chosen) for row in rows_of(names))]
     labels += [_label(row, x, "", chosen) for row in rows_of(rest)]
-    lines = [np.array([(r[x], r["low"]), (r[x], r["high"])]) for r in rows_of(data[data["low"].notna()])]
+    lines: list[np.ndarray] = []
     if len(chosen) <= MANY:
+        lines += [np.array([(r[x], r["low"]), (r[x], r["high"])]) for r in rows_of(data[data["low"].notna()])]
         ordered = data.sort_values("scale").drop_duplicates(["backbone", "scale"])
         lines += [own[[x, "value"]].to_numpy(float) for _, own in ordered.groupby("backbone")]
     return place(ax, labels, avoid=[*avoid, *lines])
@@ -103,14 +121,30 @@ def legible(colour: str) -> str:
     return FOREGROUND if colour in COLOURS[3:] else colour
 
 
+def caption(points: DataFrame, data: DataFrame) -> str:
+    """The title of points: how many there are, and what they come from."""
+    backbones, first = points["backbone"].nunique(), points.iloc[0]
+    counts = f"{backbones} backbone{'s' * (backbones > 1)}, {len(points)} point{'s' * (len(points) > 1)}"
+    return f"{counts}: {setting_of(first, data)}"
+
+
+def setting_of(first: Any, data: DataFrame) -> str:
+    """Setting and recipe of a row, and how many recipes there are beside it."""
+    others = data.loc[data["recipe"].notna() & (data["recipe"] != ""), "recipe"].nunique() - 1
+    beside = f"{others} other recipe{'s' * (others > 1)} not drawn" if others > 0 else ""
+    return ", ".join(text for text in (first["setting"], first["recipe"], beside) if text)
+
+
 def shapes_key(data: DataFrame) -> str:
     """Which shape is which verdict, of those that occur, the best first."""
     here = set(data["verdict"].dropna())
-    return "  ".join(f"{GLYPHS[word]} {word}" for word in WORDS if word in here)
+    return " ".join(f"{GLYPHS[word]}\u00a0{word}" for word in WORDS if word in here)
 
 
 def intervals_key(data: DataFrame) -> str:
     """What the bars are, and how many seeds there were."""
+    if data["backbone"].nunique() > MANY:
+        return f"more than {MANY} backbones: no intervals, rescaled heads faint"
     kinds = [k for k in dict.fromkeys(data["interval"].dropna()) if k]
     if not kinds:
         return "one seed each: no interval"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscale.errors import HeadscaleError
 from headscale.figures.labels import settle
-from headscale.figures.points import chance, intervals_key, shapes_key
+from headscale.figures.points import chance, intervals_key, setting_of, shapes_key
 from headscale.figures.style import (
     COLOURS,
     FOREGROUND,
@@ -17,9 +17,9 @@ from headscale.figures.style import (
     SHAPES,
     SMALL,
     TINY,
+    distinct,
     extent,
     panels,
-    shorten,
     styled,
     titles,
 )
@@ -68,6 +68,8 @@ def draw_sensitivity(
         trained = trained[trained["recipe"] == wanted]
     counts = trained.groupby("backbone", sort=False)["scale"].nunique()
     several = [str(n) for n in counts[counts > 1].sort_values(ascending=False, kind="stable").index]
+    references = set(trained.loc[trained["reference"].astype(bool), "backbone"])
+    several.sort(key=lambda name: name not in references)
     shown = [n for n in backbones if n in several] or several[:MOST_PANELS]
     if not shown:
         raise HeadscaleError(
@@ -79,12 +81,12 @@ def draw_sensitivity(
     figure, axes = panels(ax, rows, columns, size=(5.2 * columns if columns > 1 else 7.6, 3.7 * rows + 0.6))
     for panel in axes[len(shown) :]:
         panel.set_axis_off()
+    names = distinct(shown, 44)
     for panel, name in zip(axes, shown, strict=False):
         targets = data[(data["kind"] == "target") & (data["backbone"] == name)]
-        _panel(panel, trained[trained["backbone"] == name], name, list(targets["scale"]))
+        _panel(panel, trained[trained["backbone"] == name], names[name], list(targets["scale"]))
     first = trained.iloc[0]
-    left_out = f", {len(shown)} of {len(several)} backbones" if len(shown) < len(several) else ""
-    own = ", ".join(t for t in (first["setting"], first["recipe"]) if t) + left_out
+    own = setting_of(first, data) + (f"; {len(shown)} of {len(several)} backbones" * (len(shown) < len(several)))
     points = trained[trained["kind"] == "point"]
     said = f"{intervals_key(points.assign(interval=_interval(points)))}; {shapes_key(trained)}"
     said += "; hollow: untouched" if (trained["arm"] == "untouched").any() else ""
@@ -129,6 +131,7 @@ def _panel(ax: Axes, data: DataFrame, name: str, targets: Sequence[float]) -> No
     ax.set_xlim(low, high)
     top = max(0.02, float(data[["value", "high"]].max().max())) * 1.45  # room for the words above
     ax.set_ylim(-0.03 * top, top)
+    ax.set_yticks([t for t in ax.get_yticks() if 0 <= t <= 1])
     _regions(ax, points, seeds, low, high)
     if data["chance"].notna().any():
         chance(ax, float(data["chance"].max()))
@@ -139,7 +142,7 @@ def _panel(ax: Axes, data: DataFrame, name: str, targets: Sequence[float]) -> No
     ax.set_xlabel("constant on the logits [x]")
     ax.set_ylabel(f"{data['metric'].iloc[0]} [share]")
     note = " (reference)" if reference else ""
-    ax.set_title(f"{shorten(name, 40)}{note}", loc="left", fontsize=SMALL + 0.5, color=FOREGROUND)
+    ax.set_title(f"{name}{note}", loc="left", fontsize=SMALL + 0.5, color=FOREGROUND)
 
 
 def _regions(ax: Axes, points: DataFrame, seeds: DataFrame, low: float, high: float) -> None:

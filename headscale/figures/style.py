@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -180,9 +181,9 @@ def titles(figure: Figure, axes: Sequence[Axes], title: str, subtitle: str) -> N
 
 
 def wrapped(figure: Figure, text: str, size: float, width: float) -> list[str]:
-    """The lines of a text that fit a width, both in points; a word that is too long is cut in its middle."""
+    """The lines of a text that fit a width, both in points; long words are cut, U+00A0 holds two together."""
     lines: list[str] = []
-    for word in (shorten(word, 70) for word in text.split()):
+    for word in (shorten(word, 70) for word in text.split(" ")):
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and extent(figure, longer, size)[0] <= width:
             lines[-1] = longer
@@ -213,11 +214,35 @@ def shorten(name: str, most: int = 28) -> str:
 
 
 def distinct(names: Sequence[str], most: int = 28) -> dict[str, str]:
-    """Short names that are still different from each other."""
+    """Short names that are still different from each other: of those that would be alike, the part that differs."""
     short = {name: shorten(name, most) for name in names}
-    taken = list(short.values())
-    clashing = {text for text in taken if taken.count(text) > 1}
-    return {name: f"{text} ({i})" if text in clashing else text for i, (name, text) in enumerate(short.items(), 1)}
+    alike: dict[str, list[str]] = {}
+    for name, text in short.items():
+        alike.setdefault(text, []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            short.update(_differing(group, most))
+    return short
+
+
+def _differing(names: Sequence[str], most: int) -> dict[str, str]:
+    """Names without most of what they have in common; numbered in their order where that is not enough."""
+    names = sorted(names)
+    begins = _common(names)
+    ends = _common([name[begins:][::-1] for name in names])
+    context = max(0, most - 2 - max(len(name) - begins - ends for name in names)) // 2
+    found = {}
+    for name in names:
+        start, stop = max(0, begins - context), len(name) - max(0, ends - context)
+        found[name] = f"{'…' * (start > 0)}{name[start:stop]}{'…' * (stop < len(name))}"
+    if max(map(len, found.values())) > most or len(set(found.values())) < len(names):
+        return {name: f"{shorten(name, most - 5)} ({i})" for i, name in enumerate(names, 1)}
+    return found
+
+
+def _common(names: Sequence[str]) -> int:
+    """With how many characters all of the names begin."""
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False)))
 
 
 def colours(names: Sequence[str], references: Sequence[str]) -> dict[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headscale.errors import HeadscaleError, UsageError
-from headscale.figures.labels import settle
-from headscale.figures.points import choose, draw_points, intervals_key, label_points, log_axis, shapes_key
-from headscale.figures.style import FOREGROUND, MUTED, TINY, panels, styled, titles
+from headscale.figures.labels import Label, settle
+from headscale.figures.points import caption, choose, draw_points, intervals_key, label_points, log_axis, shapes_key
+from headscale.figures.style import FOREGROUND, MUTED, panels, styled, titles
 from headscale.tables import SPARSITY
 from headscale.verdict import FAILED
 
@@ -21,6 +21,9 @@ _AXES = {
     "active_dims_query": "active dims per query [dims]",
     "flops_cost": "FLOPS [expected multiplications per query-document pair]",
 }
+
+
+_EDGE = 1.0  # dims, or multiplications
 
 
 @styled()
@@ -72,28 +75,20 @@ def draw_tradeoff(
         right = panel.get_xlim()[1]
         x, y = [*front[sparsity], right], [*front["value"], front["value"].iloc[-1]]
         panel.plot(x, y, color=MUTED, linewidth=2.2, alpha=0.6, drawstyle="steps-post", zorder=0.5)
-        panel.annotate(
-            "Pareto front", (right, y[-1]), (-2, 4), textcoords="offset points", ha="right", fontsize=TINY,
-            color=FOREGROUND,
-        )  # fmt: skip
         panel.set_xlim(right=right)
-    counts = f"{len(chosen)} backbone{'s' * (len(chosen) > 1)}, {len(points)} point{'s' * (len(points) > 1)}"
-    own = title or ", ".join(t for t in (counts, first["setting"], first["recipe"]) if t)
+    own = title or caption(points, data)
     said = (f"{len(front)} on the front of runs that trained", moved, intervals_key(points), shapes_key(points))
     titles(figure, axes, own, subtitle or "; ".join(text for text in said if text))
     settle(figure)
-    label_points(panel, points, sparsity, chosen, avoid=[np.column_stack([x, y])] if len(front) else [])
+    name = [Label(x[-1], y[-1], "Pareto front", FOREGROUND)] if len(front) else []
+    label_points(panel, points, sparsity, chosen, avoid=[np.column_stack([x, y])] if len(front) else [], first=name)
     return figure
 
 
 def _failed_at_the_edge(points: DataFrame, sparsity: str) -> tuple[DataFrame, str]:
-    """Failed runs with next to no terms at half of what the sparsest of the others has, and a word about it."""
-    trained = points.loc[~points["verdict"].isin(list(FAILED)), sparsity]
-    if trained.empty:
-        return points, ""
-    edge = float(trained.min()) / 2
-    beyond = points["verdict"].isin(list(FAILED)) & (points[sparsity] < edge)
+    """Failed runs that have lost nearly all terms at `_EDGE`, and a word about it: a log axis has no room for them."""
+    beyond = points["verdict"].isin(list(FAILED)) & (points[sparsity] < _EDGE)
     if not beyond.any():
         return points, ""
-    moved = points.assign(**{sparsity: points[sparsity].where(~beyond, edge)})
-    return moved, f"{int(beyond.sum())} failed with fewer dims than {edge:.3g}, drawn there"
+    moved = points.assign(**{sparsity: points[sparsity].where(~beyond, _EDGE)})
+    return moved, f"{int(beyond.sum())} failed with less than {_EDGE:g} left, drawn there"
