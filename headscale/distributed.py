@@ -66,8 +66,8 @@ class Team:
         return f"cuda:{self.local_rank}" if requested == "cuda" else requested
 
     def leaves_to_first(self, error: BaseException) -> bool:
-        """Whether the first process raises it too, and says it."""
-        return not self.is_first and error is self._agreed_on
+        """Whether the first process raises it too, and says it; an interruption is always everyone's."""
+        return not self.is_first and (error is self._agreed_on or isinstance(error, KeyboardInterrupt))
 
     # --- the batch ---------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Team:
         try:
             self._settle(error)
         except BaseException as settled:
-            self._agreed_on = settled if isinstance(settled, HeadscaleError | KeyboardInterrupt) else None
+            self._agreed_on = settled if isinstance(settled, HeadscaleError) else None
             raise
         finally:
             error = None  # its traceback holds the batch's tensors
