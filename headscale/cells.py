@@ -16,6 +16,7 @@ from headscale.errors import HeadscaleError, NotFoundError, UnreadableError
 DEFAULT_RUN = "headscale-runs"
 CELL = "cell.json"
 STEPS = "steps.jsonl"
+BEGUN = "begun.json"  # the configuration of a cell that is still at work: there is no `cell.json` yet
 SCHEMA = "headscale.cell/1"
 _FIELDS = {"kind": str, "configuration": dict, "key": str, "result": dict, "status": str}
 

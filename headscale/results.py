@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscale.cells import CELL, STEPS, cell_key, read_cell
+from headscale.cells import BEGUN, CELL, STEPS, cell_key, read_cell
 from headscale.errors import HeadscaleError, NotFoundError, UnreadableError
 from headscale.profiles import from_dict
 from headscale.records import (
@@ -217,7 +217,14 @@ class _Found:
             raise UnreadableError(f"`{file}` holds a result of the unknown kind `{kind}`", hint=_HINT)
 
     def _begun(self, folder: Path) -> None:
-        """A training that has left nothing but its log."""
+        """A training that is still at work, or was killed: it has left its configuration and its log, or the log."""
+        if (folder / BEGUN).is_file():
+            configuration = _json(folder / BEGUN)
+            if not isinstance(configuration.get("training"), dict) or "backbone" not in configuration:
+                raise UnreadableError(f"`{folder / BEGUN}` is no configuration of a training", hint=_HINT)
+            key = cell_key(configuration)
+            self.trainings[key] = Training(configuration, key, "running", folder=str(folder))
+            return
         parts = _FOLDER.fullmatch(folder.name)
         if parts is None:
             raise UnreadableError(f"`{folder}` holds a log and no `{CELL}`", hint="run the command again")

@@ -220,7 +220,11 @@ def run_cell(
         return kept
     if team.is_first:
         (folder / cells.CELL).unlink(missing_ok=True)  # of an interrupted or failed attempt
-    cell, model, interrupted = _train_cell(configuration, folder, bench, on_step)
+    try:
+        cell, model, interrupted = _train_cell(configuration, folder, bench, on_step)
+    finally:
+        if team.is_first:
+            (folder / cells.BEGUN).unlink(missing_ok=True)
     lean = replace(cell, run=replace(cell.run, steps=()))
     status = "interrupted" if interrupted else "done"
     team.first_does(lambda: cells.write_cell(folder, KIND, configuration, lean.to_dict(), status=status))
@@ -260,6 +264,8 @@ def _train_cell(
     team = team_of(bench)
     with contextlib.ExitStack() as stack:
         with team.agreed():
+            if team.is_first:
+                cells.write_json(folder / cells.BEGUN, configuration)
             log = stack.enter_context(StepLog(folder / cells.STEPS)) if team.is_first else None
 
         def observe(record: StepRecord) -> bool:

@@ -100,6 +100,7 @@ def label_points(
     if len(names) > MANY:  # the references, and those that do best and worst
         names, rest = pd.concat([names[names["reference"]], names.head(4), names.tail(3)]), rest.head(0)
         names = names.drop_duplicates("backbone")
+        avoid = [*avoid, *data[[x, "value"]].to_numpy(float)[:, None]]
     labels = [*first, *(_label(row, x, short[row["backbone"]], chosen) for row in rows_of(names))]
     labels += [_label(row, x, "", chosen) for row in rows_of(rest)]
     lines: list[np.ndarray] = []

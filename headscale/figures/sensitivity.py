@@ -87,7 +87,7 @@ def draw_sensitivity(
         _panel(panel, trained[trained["backbone"] == name], names[name], list(targets["scale"]))
     first = trained.iloc[0]
     own = setting_of(first, data) + (f"; {len(shown)} of {len(several)} backbones" * (len(shown) < len(several)))
-    points = trained[trained["kind"] == "point"]
+    points = trained[(trained["kind"] == "point") & trained["backbone"].isin(shown)]
     said = f"{intervals_key(points.assign(interval=_interval(points)))}; {shapes_key(trained)}"
     said += "; hollow: untouched" if (trained["arm"] == "untouched").any() else ""
     titles(figure, axes, title or own, subtitle or said)

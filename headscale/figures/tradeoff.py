@@ -91,4 +91,4 @@ def _failed_at_the_edge(points: DataFrame, sparsity: str) -> tuple[DataFrame, st
     if not beyond.any():
         return points, ""
     moved = points.assign(**{sparsity: points[sparsity].where(~beyond, _EDGE)})
-    return moved, f"{int(beyond.sum())} failed with less than {_EDGE:g} left, drawn there"
+    return moved, f"{int(beyond.sum())} failed with fewer than {_EDGE:g}, drawn there"
