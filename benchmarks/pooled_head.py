@@ -19,12 +19,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from headscale.kernels import tiled
-from headscale.pooling import choose_implementation, max_logits, splade_pool, splade_pool_reference
+from headscale.pooling import choose_implementation, max_logits, possible_share, splade_pool, splade_pool_reference
 
 SHAPES = ["16,128,768,30522", "8,256,256,30522", "16,128,768,50368", "32,48,128,8192"]
 COLUMNS = [
-    *("shape", "zeros", "padding", "dtype", "matmul ms", "headscale ms", "spread ms", "/ matmul", "/ tiled product"),
+    *("shape", "zeros", "padding", "dtype", "implementation", "possible", "matmul ms", "headscale ms", "spread ms"),
     *(
+        "/ matmul",
+        "/ tiled product",
+        "/ tiled",
         "forward / matmul",
         "s-t / headscale",
         "plain / headscale",
@@ -87,6 +90,8 @@ def contenders(problem: Problem, *, compiled: bool) -> dict[str, Callable[[], ob
         "sentence-transformers": peer,
         "plain": lambda: backward(splade_pool_reference(hidden, weight, bias, mask)),
     }
+    if choose_implementation(hidden, weight) == "screened":
+        found["tiled"] = lambda: backward(splade_pool(hidden, weight, bias, mask, implementation="tiled"))
     if compiled:
         fast = torch.compile(splade_pool_reference)
         found["compiled"] = lambda: backward(fast(hidden, weight, bias, mask))
@@ -126,6 +131,8 @@ def timed_row(shape: str, zeros: float, padding: float, dtype: str, options: arg
         "s-t / headscale": times["sentence-transformers"].over(ours),
         "plain / headscale": times["plain"].over(ours),
     }
+    if "tiled" in times:
+        row |= {"possible": possible_share(*problem[:4]), "/ tiled": ours.over(times["tiled"])}
     if options.compile:
         row["compiled / headscale"] = times["compiled"].over(ours)
     return row | {"times": [timing.to_dict() for timing in times.values()]}

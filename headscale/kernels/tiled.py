@@ -148,16 +148,17 @@ def product(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(tokens, terms): tokens . weight + bias, in the dtype of the tokens."""
     weight = weight.to(tokens.dtype).contiguous()
     bias = None if bias is None else bias.to(tokens.dtype)
-    if tokens.dtype == torch.float32 and _prefers_onednn(tokens):
+    if _prefers_onednn(tokens):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
         return out
     return linear(tokens, weight, bias)
 
 
 def _prefers_onednn(tokens: Tensor) -> bool:
-    # measured: on an AMD processor with AVX-512 oneDNN's product takes 0.45 of the time of MKL's, which
-    # linear calls; MKL keeps its own AVX-512 code to Intel's processors
-    if tokens.device.type != "cpu" or not torch.backends.mkldnn.enabled:
+    # measured: on an AMD processor with AVX-512 oneDNN's float32 product takes 0.45 of the time of MKL's, which
+    # linear calls (MKL keeps its own AVX-512 code to Intel's processors); in bfloat16 linear calls oneDNN, but
+    # copies the bias into the result beforehand
+    if tokens.device.type != "cpu" or not torch.backends.mkldnn.enabled or tokens.dtype == torch.float64:
         return False
     has_op = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_op and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -220,13 +221,26 @@ def gradients(
     every_term = len(active) == len(weight)
     by_token = torch.zeros_like(packing.tokens) if need_hidden else None
     by_term = (weight.new_empty if every_term else weight.new_zeros)(weight.shape) if need_weight else None
+    rows: Tensor | None = None
     for chunk in _chunks(active, weight.shape[1] * slope.element_size(), every_term):
         entries = _Entries(winners[:, chunk] + starts, slope[:, chunk], bag_sums)
         if by_token is not None:
-            by_token += entries.summed_by_token(weight[chunk].to(slope.dtype).contiguous(), len(by_token))
-        if by_term is not None:
+            rows = _rows(weight[chunk], slope.dtype, rows)
+            by_token += entries.summed_by_token(rows, len(by_token))
+        if by_term is not None and isinstance(chunk, slice):
+            by_term[chunk].copy_(entries.summed_by_term(packing.tokens))
+        elif by_term is not None:
             by_term[chunk] = entries.summed_by_term(packing.tokens).to(weight.dtype)
     return by_token, by_term
+
+
+def _rows(weight: Tensor, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
+    """The rows as they are, or converted into the scratch of the chunk before: fresh pages cost a third more."""
+    if weight.dtype == dtype:
+        return weight.contiguous()
+    if scratch is None or len(scratch) < len(weight):
+        return weight.to(dtype).contiguous()
+    return scratch[: len(weight)].copy_(weight)
 
 
 def _chunks(active: Tensor, row_bytes: int, every_term: bool) -> Iterator[slice | Tensor]:
