@@ -59,9 +59,7 @@ def main() -> None:
         save=None if given.untouched else output / "calibrated",
         overwrite=True,
     )
-    print(f"calibrate: constant {calibration.scale:g}, head learning rate x{calibration.head_lr_multiplier:g}")
-    advice = calibration.lambda_advice
-    print(f"lambda keeps its first step's weight if multiplied by {advice.query:.3g} / {advice.document:.3g}")
+    print(*calibration.advice, sep="\n")
 
     # 2. The model: a calibrated directory is an ordinary checkpoint of a masked language model.
     if given.untouched:
@@ -75,7 +73,8 @@ def main() -> None:
     pairs = Dataset.from_dict({"query": [p.query for p in train], "document": [p.document for p in train]})
 
     # 4. The loss. After a rescale lambda means something else: see docs/lambda.md for when to take the advice.
-    factors = (advice.query, advice.document) if given.scale_lambda and not given.untouched else (1.0, 1.0)
+    advice = calibration.lambda_advice
+    factors = (advice.query or 1.0, advice.document or 1.0) if given.scale_lambda else (1.0, 1.0)
     loss = SpladeLoss(
         model,
         SparseMultipleNegativesRankingLoss(model),
@@ -84,7 +83,8 @@ def main() -> None:
     )
 
     # 5. The run, with its own learning rate for the untied head, watched at every step.
-    head_lr = {} if given.untouched else {HEAD: calibration.head_lr_multiplier * given.lr}
+    multiplier = 1.0 if given.untouched else calibration.head_lr_multiplier
+    head_lr = {HEAD: multiplier * given.lr} if multiplier != 1 else {}
     arguments = SparseEncoderTrainingArguments(
         output_dir=str(output / "trainer"),
         max_steps=given.steps,
