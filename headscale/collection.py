@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from headscale.beir import LAYOUT, Parts, Row, identifier, joined_text, judgement, parts_of
-from headscale.errors import MemoryForecastError, UnreadableError
+from headscale.errors import MemoryForecastError, UnreadableError, UsageError
 
 BUILT_IN = "built-in"
 
@@ -124,6 +124,19 @@ def read_collection(source: str | Path, split: str = "test") -> Collection:
             f"{parts.labels[2]} names no relevant document of any query", "give judgements with scores of 1 or more"
         )
     return _joined(str(source), parts.split, documents, asked, grades)
+
+
+def chosen_collection(source: str | None, split: str | None) -> Collection | None:
+    """The collection that options name; None where they name none, which is the built-in one.
+
+    Raises:
+        UsageError: a split of the built-in collection other than `test`.
+    """
+    if source is not None:
+        return read_collection(source, split or "test")
+    if split not in (None, "test"):
+        raise UsageError(f"`--split {split}` needs `--collection DIR`", "the built-in collection has `test` alone")
+    return None
 
 
 def _joined(

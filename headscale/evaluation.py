@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from headscale import __version__, cells
@@ -21,17 +22,18 @@ from headscale.effectiveness import (
     require,
     write_run,
 )
-from headscale.errors import UnsupportedHeadError
 from headscale.profiles import from_dict
 from headscale.records import CollectionSummary, Estimate, Evaluation, SystemResult
 
 if TYPE_CHECKING:
     from headscale.backbone import Backbone
+    from headscale.deployment import Plan
     from headscale.search import Searched
 
 KIND = "evaluate"
 BM25, CHANCE = "BM25", "chance"
 MODEL_RUN, BM25_RUN = "model.trec", "bm25.trec"
+SHARDS = "encoded"  # of documents, in the cell's folder until it is finished
 
 # Memory that BM25 takes per character of the collection: words, postings and their weights. Measured: 4.1 to 4.2.
 _BM25_RATIO = 4.5
@@ -49,6 +51,11 @@ class Setup:
         bm25: add a row for BM25.
         resamples: of the queries, for the intervals.
         seed: of the resampling.
+        pooling: over positions, `max` or `sum`; None: as the checkpoint says, else `max`.
+        activation: inside log1p, `relu` or `log1p_relu`; None likewise.
+        queries: `model`, `idf` (a table made from the collection) or `idf:FILE`; None: as the checkpoint says, else
+            `model`.
+        quantize: a row more for each of these roundings of the weights: `x100`, or a number of bits.
     """
 
     query_length: int = 256
@@ -58,6 +65,10 @@ class Setup:
     bm25: bool = True
     resamples: int = RESAMPLES
     seed: int = 0
+    pooling: str | None = None
+    activation: str | None = None
+    queries: str | None = None
+    quantize: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -92,7 +103,9 @@ def evaluate(
     chosen = collection or built_in(loading)
     by_name = isinstance(model, str | Path)
     backbone = loading.open(model) if by_name else handed_over(model, tokenizer)
-    evaluation, rankings = _evaluated(backbone, chosen, setup, loading)
+    with TemporaryDirectory() as folder:
+        kept = Path(folder) / SHARDS if setup.quantize else None
+        evaluation, rankings = _evaluated(backbone, chosen, setup, loading, kept)
     return evaluation if runs is None else _saved(evaluation, rankings, chosen, Path(runs))
 
 
@@ -105,6 +118,7 @@ def evaluate_in_run(
         "identity": identity(name, loading.revision),
         "collection": [collection.name, collection.split, collection.fingerprint],
         "setup": {key: value for key, value in asdict(setup).items() if key != "batch_size"},
+        "table": _table_identity(setup),
         "headscale": __version__,
     }
     folder = cells.cell_folder(run, KIND, name, cells.cell_key(configuration))
@@ -113,7 +127,7 @@ def evaluate_in_run(
         loading.say(f"`{name}`: reusing `{folder}` (`--force` evaluates again)")
         return kept
     require_packages(setup)
-    evaluation, rankings = _evaluated(loading.open(name), collection, setup, loading)
+    evaluation, rankings = _evaluated(loading.open(name), collection, setup, loading, folder / SHARDS)
     evaluation = _saved(evaluation, rankings, collection, folder)
     cells.write_cell(folder, KIND, configuration, evaluation.to_dict())
     loading.say(f"`{name}`: the rankings are in `{folder}`")
@@ -152,28 +166,26 @@ def summary(collection: Collection) -> CollectionSummary:
 
 
 def _evaluated(
-    backbone: Backbone, collection: Collection, setup: Setup, loading: Loading
+    backbone: Backbone, collection: Collection, setup: Setup, loading: Loading, folder: Path | None = None
 ) -> tuple[Evaluation, dict[str, list[Ranked]]]:
     """The record, and the rankings by the name of their file."""
-    from headscale.encoder import SpladeEncoder
-    from headscale.search import search
+    from headscale.deployment import interactions, planned
+    from headscale.search import search_rounded
 
-    check_pooling(backbone)
-    setup, warnings = _fitting(backbone, setup)
-    warnings += [*backbone.warnings, *_remarks(collection)]
-    rows, rankings = [], {}
-    if setup.bm25 and (row := _bm25(collection, setup, warnings)):
-        rows, rankings = [row[0]], {BM25_RUN: row[1]}
-    encoder = SpladeEncoder(backbone.loaded, backbone.tokenizer, mask_special_tokens=setup.mask_special_tokens)
-    found = search(
-        encoder, collection, query_length=setup.query_length, document_length=setup.document_length,
-        batch_size=setup.batch_size, on_batch=loading.on_batch,
+    setup, cut = _fitting(backbone, setup)
+    plan = planned(backbone, collection, setup)
+    warnings = [*cut, *backbone.warnings, *_remarks(collection)]
+    bm25 = _bm25(collection, setup, warnings) if setup.bm25 else None
+    if folder is not None and folder.is_dir():
+        loading.say(f"`{backbone.name}`: going on with the documents encoded before")
+    found = search_rounded(
+        plan.encoder, collection, query_length=setup.query_length, document_length=setup.document_length,
+        batch_size=setup.batch_size, query_encoder=plan.queries, roundings=plan.roundings, folder=folder,
+        on_batch=loading.on_batch,
     )  # fmt: skip
-    note = f"max-pooled, queries of {setup.query_length} and documents of {setup.document_length} tokens"
-    own = _row(backbone.name, note, per_query(collection, found.rankings), setup, found)
-    for side, kind in ((own.query, "queries"), (own.document, "documents")):
-        if side is not None and side.non_finite:
-            warnings.append(f"{side.non_finite} of {side.texts} {kind} have weights that are not finite")
+    rows = [_model_row(backbone.name, plan, one, collection) for one in found]
+    warnings += _non_finite(rows[0])
+    warnings += interactions(plan, rows)
     evaluation = Evaluation(
         name=backbone.name,
         revision=backbone.revision,
@@ -183,10 +195,46 @@ def _evaluated(
         mask_special_tokens=setup.mask_special_tokens,
         resamples=setup.resamples,
         seed=setup.seed,
-        systems=(own, *rows, _chance(collection)),
+        systems=(*rows, *([bm25[0]] if bm25 else []), _chance(collection)),
         warnings=tuple(warnings),
+        pooling=plan.encoder.pooling,
+        activation=plan.encoder.activation,
+        queries="model" if plan.queries is None else plan.queries.origin,
     )
-    return evaluation, {MODEL_RUN: found.rankings, **rankings}
+    rankings = {run_name(row): one.rankings for row, one in zip(rows, found, strict=True)}
+    return evaluation, {**rankings, **({BM25_RUN: bm25[1]} if bm25 else {})}
+
+
+def _table_identity(setup: Setup) -> Any:
+    """Size and time of the file that holds the query weights."""
+    file = Path((setup.queries or "").removeprefix("idf:"))
+    return [file.stat().st_size, file.stat().st_mtime_ns] if setup.queries and file.is_file() else None
+
+
+def _model_row(name: str, plan: Plan, found: Searched, collection: Collection) -> SystemResult:
+    setup, encoder = plan.setup, plan.encoder
+    activation = "" if encoder.activation == "relu" else f" {encoder.activation},"
+    asked = f"queries of {setup.query_length}" if plan.queries is None else f"queries by {plan.queries.origin}"
+    note = f"{encoder.pooling}-pooled,{activation} {asked} and documents of {setup.document_length} tokens"
+    values = per_query(collection, found.rankings)
+    if found.impacts is None:
+        return _row(name, note, values, setup, found)
+    rounding = next(one for one in plan.roundings if one.name == found.impacts.rounding)
+    label = f"{name} ({rounding.name if rounding.bits is None else f'{rounding.bits} bit'})"
+    return replace(_row(label, f"{note}, {rounding.note}", values, setup, found), impacts=found.impacts)
+
+
+def run_name(row: SystemResult) -> str:
+    """The file of a model's ranking in the TREC format."""
+    return MODEL_RUN if row.impacts is None else f"model-{row.impacts.rounding}.trec"
+
+
+def _non_finite(row: SystemResult) -> list[str]:
+    return [
+        f"{side.non_finite} of {side.texts} {kind} have weights that are not finite"
+        for side, kind in ((row.query, "queries"), (row.document, "documents"))
+        if side is not None and side.non_finite
+    ]
 
 
 def _row(system: str, note: str, values: Mapping[str, Floats], setup: Setup, found: Searched) -> SystemResult:
@@ -233,49 +281,7 @@ def _chance(collection: Collection) -> SystemResult:
     return _system(CHANCE, "expected for a random order", expected, None)
 
 
-# --- a model that evaluation can speak for ------------------------------------------------------------------------
-
-
-def check_pooling(backbone: Backbone) -> None:
-    """Refuse a sparse encoder whose own modules would pool otherwise than evaluation does.
-
-    Raises:
-        UnsupportedHeadError: it routes queries and documents apart, or does not pool by max over log1p(relu).
-    """
-    found = _modules(backbone.directory)
-    if found is None:
-        return
-    root, modules = found
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in modules}
-    if "Router" in kinds:
-        raise UnsupportedHeadError(
-            f"`{backbone.name}` encodes queries and documents by different routes, and evaluation knows one",
-            "evaluate it with sentence-transformers' SparseInformationRetrievalEvaluator",
-        )
-    if "SpladePooling" not in kinds:
-        return
-    from headscale.files import load_json
-
-    file = root / kinds["SpladePooling"] / "config.json"
-    config = load_json(file, str(file)) if file.is_file() else {}
-    settings = [config.get("pooling_strategy", "max"), config.get("activation_function", "relu")]
-    if settings != ["max", "relu"]:
-        raise UnsupportedHeadError(
-            f"`{backbone.name}` pools by `{settings[0]}` after `{settings[1]}`, and evaluation by `max` after `relu`",
-            "evaluate it with sentence-transformers' SparseInformationRetrievalEvaluator",
-        )
-
-
-def _modules(directory: Path | None) -> tuple[Path, list[dict[str, Any]]] | None:
-    """The root and the modules of the sentence-transformers checkpoint that a model's folder belongs to."""
-    from headscale.files import LocalFiles, load_json, model_folder
-
-    if directory is None:
-        return None
-    for root in (directory, *directory.parents[:2]):
-        if (root / "modules.json").is_file() and root / model_folder(LocalFiles(root)) == directory:
-            return root, load_json(root / "modules.json", str(root / "modules.json"))
-    return None
+# --- what a reader should know ------------------------------------------------------------------------------------
 
 
 def longest(backbone: Backbone) -> int | None:
@@ -316,9 +322,8 @@ def _saved(
     evaluation: Evaluation, rankings: Mapping[str, list[Ranked]], collection: Collection, folder: Path
 ) -> Evaluation:
     """Write the runs, and name their files in the record."""
-    model, *others = evaluation.systems
-    saved = [replace(model, run=MODEL_RUN)]
-    saved += [replace(other, run=BM25_RUN) if other.system == BM25 else other for other in others]
+    files = {BM25: BM25_RUN, CHANCE: None}
+    saved = [replace(one, run=files.get(one.system, run_name(one))) for one in evaluation.systems]
     for system in saved:
         if system.run:
             write_run(folder / system.run, collection, rankings[system.run], system.system)

@@ -23,6 +23,24 @@ PairFile = Annotated[
     str | None,
     typer.Option("--pairs", metavar="SOURCE", help="TSV, JSONL, parquet, a BEIR folder, hf:ID; or SOURCE[:N]."),
 ]
+CollectionSource = Annotated[
+    str | None,
+    typer.Option("--collection", metavar="DIR", help="BEIR or NanoBEIR layout, or hf:ID; by default docstrings."),
+]
+CollectionSplit = Annotated[
+    str | None,
+    typer.Option("--split", help="Which judgements: DIR/qrels/SPLIT.tsv; by default test."),
+]
+Pooling = Annotated[
+    str | None, typer.Option(metavar="HOW", help="Over positions, max or sum; by default the checkpoint's, else max.")
+]
+Activation = Annotated[
+    str | None, typer.Option(metavar="HOW", help="relu or log1p_relu; by default the checkpoint's, else relu.")
+]
+Queries = Annotated[
+    str | None,
+    typer.Option(metavar="HOW", help="model, or inference-free: idf (of the collection) or idf:FILE (an idf.json)."),
+]
 Count = Annotated[int, typer.Option("--num-pairs", min=1, help="How many pairs to measure on.")]
 QueryLength = Annotated[int, typer.Option(min=3, help="Tokens of a query, special ones included.")]
 DocumentLength = Annotated[int, typer.Option(min=3, help="Tokens of a document, special ones included.")]

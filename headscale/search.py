@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from headscale.collection import Collection
 from headscale.effectiveness import DEPTH, Ranked
-from headscale.errors import MemoryForecastError
-from headscale.records import Sparsity
+from headscale.errors import HeadscaleError, MemoryForecastError
+from headscale.impacts import Rounded, Rounding, impacts_of
+from headscale.records import Impacts, Sparsity
+from headscale.shards import Shards
 
 if TYPE_CHECKING:
     from headscale.encoder import SpladeEncoder
@@ -75,6 +78,11 @@ class Tally:
         return sum(map(len, self._active))
 
     @property
+    def largest(self) -> float:
+        """The largest weight; 0 without any."""
+        return self._max
+
+    @property
     def activation(self) -> Array:
         """Share of the texts in which each term is active, (terms,)."""
         return self._count / max(1, self.texts)
@@ -111,6 +119,7 @@ def encode(
     max_length: int,
     batch_size: int,
     on_text: Callable[[int], None] | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Positions, Any]]:
     """Representations batch by batch, the longest texts first; on a GPU that is full, batches are halved.
 
@@ -120,6 +129,7 @@ def encode(
         max_length: tokens, special ones included.
         batch_size: texts at once.
         on_text: called with the number of texts a batch had.
+        start: texts of that order that are encoded already.
 
     Yields:
         positions in `texts`, (n,), and a CSR matrix (n, terms) in double precision; every text once.
@@ -127,8 +137,7 @@ def encode(
     Raises:
         MemoryForecastError: not even one text fits on the GPU.
     """
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    start = 0
+    order = encoding_order(texts)
     while start < len(order):
         part = order[start : start + batch_size]
         reps = _encoded(encoder, [texts[i] for i in part], max_length)
@@ -139,6 +148,11 @@ def encode(
         start += len(part)
         if on_text:
             on_text(len(part))
+
+
+def encoding_order(texts: Sequence[str]) -> list[int]:
+    """Positions of the texts, the longest first: what does not fit is then known at once."""
+    return sorted(range(len(texts)), key=lambda i: -len(texts[i]))
 
 
 def _encoded(encoder: SpladeEncoder, texts: Sequence[str], max_length: int) -> Any:
@@ -281,6 +295,14 @@ class Searched:
     rankings: list[Ranked]
     queries: Tally
     documents: Tally
+    impacts: Impacts | None = None
+
+
+class QueryEncoder(Protocol):
+    """What can stand for the model on the query side."""
+
+    def encode(self, texts: Sequence[str], max_length: int) -> Any:
+        """A CSR matrix (texts, terms) in double precision."""
 
 
 def search(
@@ -304,7 +326,44 @@ def search(
     Raises:
         MemoryForecastError: the queries' representations and rankings would not fit in memory.
     """
-    total, done = len(collection.queries) + len(collection.documents), 0
+    (found,) = search_rounded(
+        encoder, collection, query_length=query_length, document_length=document_length, batch_size=batch_size,
+        on_batch=on_batch,
+    )  # fmt: skip
+    return found
+
+
+def search_rounded(
+    encoder: SpladeEncoder,
+    collection: Collection,
+    *,
+    query_length: int,
+    document_length: int,
+    batch_size: int = 64,
+    query_encoder: QueryEncoder | None = None,
+    roundings: Sequence[Rounding] = (),
+    folder: Path | None = None,
+    on_batch: Batches | None = None,
+) -> list[Searched]:
+    """`search` with the weights as they are, then with every rounding of them; documents are encoded once.
+
+    Args:
+        encoder: of documents, and of queries unless there is another.
+        collection: what is searched.
+        query_length, document_length: in tokens, special ones included.
+        batch_size: texts encoded at once.
+        query_encoder: of queries, in the model's place.
+        roundings: of the weights.
+        folder: where encoded documents are kept until the end, and taken from if an earlier attempt left some; it
+            must be this encoder's and this collection's alone. Roundings need one.
+        on_batch: called with (texts encoded, texts in all).
+
+    Raises:
+        MemoryForecastError: the queries' representations and rankings would not fit in memory.
+        HeadscaleError: the disk has no room for what the roundings need.
+    """
+    documents, done = collection.documents, 0
+    total = len(documents) + (len(collection.queries) if query_encoder is None else 0)
 
     def step(texts: int) -> None:
         nonlocal done
@@ -313,16 +372,54 @@ def search(
             on_batch(done, total)
 
     terms = encoder.head.vocab_size
-    queries = _queries(encoder, collection, query_length, batch_size, step)
+    if query_encoder is None:
+        queries = _queries(encoder, collection, query_length, batch_size, step)
+    else:
+        queries = query_encoder.encode(collection.queries, query_length)
+    shards = None if folder is None else Shards(folder, encoding_order(documents), terms)
+    encoded = encode(
+        encoder, documents, max_length=document_length, batch_size=batch_size, on_text=step,
+        start=0 if shards is None else shards.done,
+    )  # fmt: skip
+    blocks = _blocks(encoded) if shards is None else shards.keeping(_blocks(encoded), step)
+    found = [rank(queries, blocks, collection, terms)]
+    if roundings:
+        if shards is None or not shards.complete:
+            raise HeadscaleError(
+                "the disk has no room for the encoded documents", "round fewer documents, or make room"
+            )
+        found += [_rounded(one, queries, shards, collection, found[0], terms) for one in roundings]
+    if shards is not None:
+        shards.forget()
+    return found
+
+
+def rank(queries: Any, blocks: Iterable[tuple[Positions, Any]], collection: Collection, terms: int) -> Searched:
+    """Rank documents that come in blocks.
+
+    Args:
+        queries: CSR matrix (queries, terms).
+        blocks: positions of documents, ascending, and their vectors, a CSR matrix (documents, terms).
+        collection: its judgements break the ties.
+        terms: of the vocabulary.
+    """
     rankings, asked, tally = Rankings(collection), Tally(terms), Tally(terms)
     asked.add(queries)
-    encoded = encode(encoder, collection.documents, max_length=document_length, batch_size=batch_size, on_text=step)
-    for positions, block in _blocks(encoded):
+    for positions, block in blocks:
         tally.add(block)
         size = max(1, min(256, _SCORES // len(positions)))
         for first in range(0, queries.shape[0], size):
             rankings.add(first, products(queries[first : first + size], block), positions)
     return Searched(rankings.ranked(), asked, tally)
+
+
+def _rounded(
+    rounding: Rounding, queries: Any, shards: Shards, collection: Collection, exact: Searched, terms: int
+) -> Searched:
+    asked, told = (Rounded(rounding.step(side.largest)) for side in (exact.queries, exact.documents))
+    blocks = ((positions, told(block)) for positions, block in shards.kept())
+    found = rank(asked(queries), blocks, collection, terms)
+    return replace(found, impacts=impacts_of(rounding, asked, told))
 
 
 def _queries(

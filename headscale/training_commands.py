@@ -14,8 +14,11 @@ from headscale.environment import launched_processes
 from headscale.errors import HeadscaleError, UsageError
 from headscale.options import (
     RUN_FOLDER,
+    Activation,
     BatchSize,
     Candidates,
+    CollectionSource,
+    CollectionSplit,
     Compressed,
     Debug,
     DocumentLength,
@@ -29,7 +32,9 @@ from headscale.options import (
     Negatives,
     Output,
     PairFile,
+    Pooling,
     Precision,
+    Queries,
     QueryLength,
     Quiet,
     Recipe,
@@ -54,7 +59,9 @@ def trial(
     scale: Annotated[str, typer.Option(metavar="SCALE", help="auto, none, or a constant: 0.0625 or 1/16.")] = "auto",
     reference: Ref = "bert-base-uncased",
     mode: Annotated[str, typer.Option(help="untie, fold or logits.", metavar="MODE")] = "untie",
-    shift: Annotated[float, typer.Option(help="Added to the logits before the scale.")] = 0.0,
+    shift: Annotated[
+        float | None, typer.Option(help="Added to the logits before the scale; by default the calibrated one.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm, paired.")] = 1,
     control: Annotated[bool, typer.Option("--control/--no-control", help="Also train the untouched head.")] = True,
     full_length: Annotated[bool, typer.Option("--full-length", help="Go on when the verdict is certain.")] = False,
@@ -143,7 +150,11 @@ def sweep(
     lrs: Annotated[str, typer.Option(metavar="LIST", help="Learning rates; by default the recipe's.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every cell: 0 to N-1.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each cell.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Of a Ray cluster; auto, or local for this machine.")
+    ] = None,
+    gpus_per_cell: Annotated[float, typer.Option(min=0, help="That Ray sets aside for each cell; 0.5 shares one.")] = 0,
     recipe: Recipe = "st-mnrl",
     steps: Steps = None,
     horizon: Horizon = None,
@@ -180,6 +191,7 @@ def sweep(
         )
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
+    from headscale.cluster import RayCluster, require_ray
     from headscale.live import Logs
     from headscale.render import SWEEP_COLUMNS, show, write_document
     from headscale.trials import Bench, TextSource, calibrated, configuration_of, negatives_of, planned
@@ -193,6 +205,12 @@ def sweep(
         lrs=tuple(_constant(value, "--lrs") for value in _listed(lrs)),
     )  # fmt: skip
     axes.check()
+    if ray is not None:
+        if workers:
+            raise UsageError("`--ray` and `--workers` exclude each other", "the cluster decides how many cells run")
+        require_ray()
+    elif gpus_per_cell:
+        raise UsageError("`--gpus-per-cell` is for Ray, which sets GPUs aside", "add `--ray ADDRESS`")
     training = training.replace(negatives=negatives_of(recipe, negatives, source))
     wanted = [s if s in ("auto", "none") else _constant(s, "--scales") for s in _listed(scales, "--scales")]
     bench = Bench(voice.note)
@@ -213,10 +231,12 @@ def sweep(
             return [configuration_of(name, one, source, corpus, trust_remote_code=trust_remote_code) for one in own]
 
         plan += attempt(planned_cells, voice, name) or []
-    executor = grid.LocalProcesses(workers, threads) if workers else grid.InProcess(bench)
     pending = plan if force else grid.pending(plan, run_folder)
     todo = len(pending)
     voice.note(f"{len(plan)} cells, {len(plan) - todo} of them finished already (`{run_folder}`)")
+    executor: grid.Executor = grid.LocalProcesses(workers, threads) if workers else grid.InProcess(bench)
+    if ray is not None:
+        executor = RayCluster(ray, threads, gpus_per_cell, bench=bench, tell=voice.note)
     failures = 0
     with voice.progress("sweep", follow=Logs([grid.log_of(one, run_folder) for one in pending])) as bar:
         bar(0, todo)
@@ -238,15 +258,19 @@ def sweep(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory or bundled:NAME.")],
-    collection: Annotated[
-        Path | None, typer.Option("--collection", metavar="DIR", help="In BEIR layout; by default built-in docstrings.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Which judgements: DIR/qrels/SPLIT.tsv.")] = "test",
+    collection: CollectionSource = None,
+    split: CollectionSplit = None,
     query_length: QueryLength = 256,
     document_length: DocumentLength = 256,
     mask_special_tokens: Annotated[
         bool, typer.Option("--mask-special-tokens", help="Leave special tokens out of the pooling.")
     ] = False,
+    pooling: Pooling = None,
+    activation: Activation = None,
+    queries: Queries = None,
+    quantize: Annotated[
+        str, typer.Option(metavar="LIST", help="A row more for each rounding of the weights: x100, or bits: 8,4.")
+    ] = "",
     bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Add a row for BM25.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts encoded at once.")] = 32,
     resamples: Annotated[int, typer.Option(min=1000, help="Of the queries, for the intervals.")] = 2000,
@@ -266,15 +290,19 @@ def evaluate(
     On a collection in BEIR layout or the built-in one, beside BM25 and chance.
     """
     voice = begin(f"evaluating {model}", quiet, debug, run_folder)
-    if collection is None and split != "test":
-        raise UsageError(f"`--split {split}` needs `--collection DIR`", "the built-in collection has `test` alone")
-    from headscale.collection import read_collection
+    from headscale.collection import chosen_collection
+    from headscale.deployment import check_options
     from headscale.evaluation import Setup, built_in, evaluate_in_run, require_packages
+    from headscale.impacts import roundings
     from headscale.render import EVALUATE_COLUMNS, show, system_rows, write_document
 
-    setup = Setup(query_length, document_length, batch_size, mask_special_tokens, bm25, resamples, seed)
+    setup = Setup(
+        query_length, document_length, batch_size, mask_special_tokens, bm25, resamples, seed,
+        pooling, activation, queries, tuple(one.name for one in roundings(quantize)),
+    )  # fmt: skip
+    check_options(pooling, activation, queries)
     require_packages(setup)
-    chosen = None if collection is None else read_collection(collection, split)
+    chosen = chosen_collection(collection, split)
     from headscale.device import choose_device
 
     place = choose_device(device)

@@ -37,7 +37,7 @@ from headscale.effectiveness import (  # noqa: E402
     untied,
     write_run,
 )
-from headscale.errors import HeadscaleError, MemoryForecastError, UnsupportedHeadError  # noqa: E402
+from headscale.errors import HeadscaleError, MemoryForecastError  # noqa: E402
 
 CUTOFFS = [(name, kind.partition("@")[0], cutoff) for name, (kind, cutoff) in MEASURES.items()]
 
@@ -510,39 +510,6 @@ def test_lengths_are_cut_to_what_the_model_takes(tmp_path: Path) -> None:
         )
         assert (found.query_length, found.document_length) == (limit, limit)
         assert any(f"takes {limit} tokens" in warning for warning in found.warnings)
-
-
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sparse_encoder.models.MLMTransformer"},
-    {"idx": 1, "name": "1", "path": "1_SpladePooling", "type": "x.SpladePooling"},
-]
-
-
-@pytest.mark.parametrize(
-    ("modules", "pooling", "refused"),
-    [
-        (MODULES, {"pooling_strategy": "max", "activation_function": "relu"}, None),
-        (MODULES, {"pooling_strategy": "sum"}, "pools by `sum` after `relu`"),
-        (MODULES, {"activation_function": "log1p_relu"}, "pools by `max` after `log1p_relu`"),
-        ([{"idx": 0, "name": "0", "path": "", "type": "x.Router"}, *MODULES], {}, "by different routes"),
-    ],
-)
-def test_an_encoder_that_pools_otherwise_is_refused(
-    tmp_path: Path, modules: list[Any], pooling: dict[str, str], refused: str | None
-) -> None:
-    from headscale.backbone import load_backbone
-
-    folder = tiny_checkpoint("bert", tmp_path / "model")
-    backbone = load_backbone(folder)
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_SpladePooling").mkdir()
-    (folder / "1_SpladePooling" / "config.json").write_text(json.dumps(pooling))
-    if refused is None:
-        evaluation.check_pooling(backbone)
-        return
-    with pytest.raises(UnsupportedHeadError) as caught:
-        evaluation.check_pooling(backbone)
-    assert refused in caught.value.message
 
 
 def test_bm25_that_will_not_fit_is_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
