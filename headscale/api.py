@@ -148,7 +148,7 @@ def calibrate(
     Example:
         >>> import headscale
         >>> found = headscale.calibrate("bundled:tiny-modernbert", reference="bundled:tiny-bert")
-        >>> found.scale < 1
+        >>> found.shift < 0
         True
     """
     from headscale.calibration import choose

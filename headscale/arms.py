@@ -46,7 +46,8 @@ class Plan:
             seed are put aside.
         scale: the constant of the judged arm; "auto": the one that `calibrate` chooses; None: untouched alone.
         mode: where it is written, `untie`, `fold` or `logits`.
-        shift: added to the judged arm's logits before the scale.
+        shift: added to the judged arm's logits before the scale; None: the calibrated one, or 0 for a constant that is
+            given.
         head_lr_multiplier: of the judged arm's head; None: the calibrated one, or 1 for a constant that is given.
         reference: what "auto" matches.
         seeds: trainings of each arm, 0 to seeds - 1, paired.
@@ -60,7 +61,7 @@ class Plan:
     training: TrainingConfig
     scale: float | Literal["auto"] | None = "auto"
     mode: str = "untie"
-    shift: float = 0.0
+    shift: float | None = None
     head_lr_multiplier: float | None = None
     reference: str = DEFAULT_REFERENCE
     seeds: int = 1
@@ -74,12 +75,13 @@ class Plan:
 
     def arms(self, found: Calibration | None) -> tuple[Arm, ...]:
         """The judged arm and its control, with the constant of a calibration where the plan has none."""
-        scale, multiplier = self.scale, self.head_lr_multiplier
+        scale, multiplier, shift = self.scale, self.head_lr_multiplier, self.shift
         if scale == "auto":
             scale = 1.0 if found is None else found.scale
             multiplier = multiplier or (None if found is None else found.head_lr_multiplier)
+            shift = found.shift if shift is None and found is not None else shift
         return arms_of(
-            self.training, scale, mode=self.mode, head_lr_multiplier=multiplier or 1.0, shift=self.shift,
+            self.training, scale, mode=self.mode, head_lr_multiplier=multiplier or 1.0, shift=shift or 0.0,
             name="calibrated" if self.scale == "auto" else "given", control=self.control,
         )  # fmt: skip
 
@@ -130,7 +132,8 @@ def run_trial(
             bench.tell(f"calibrating {name} on the trial's texts")
         found = team.first_does(lambda: calibrated(name, bench, corpus, plan.training, plan.reference))
         if bench.tell is not None:
-            bench.tell(f"the constant is {found.scale:g}, by {found.match}: {found.match_reason}")
+            shifted = f" after a shift by {found.shift:.4g}" if found.shift else ""
+            bench.tell(f"the constant is {found.scale:g}{shifted}, by {found.match}: {found.match_reason}")
     arms = plan.arms(found)
     trained: dict[str, list[Any]] = {arm.name: [] for arm in arms}
     for seed in range(plan.seeds):

@@ -27,7 +27,7 @@ from headscale.records import (
     WeightStatistics,
 )
 from headscale.rescaling import resolve_mode
-from headscale.solving import Shift, Solver, shift_to_share
+from headscale.solving import Shift, Solver, share_of, shift_to_share
 
 if TYPE_CHECKING:
     from headscale.profiles import Reference
@@ -42,6 +42,10 @@ WIDTH_EXPONENT = -0.25  # what scaling-retriever and v-splade multiply logits by
 MATCH_FACTOR = 2.0
 # Norm matching is trusted while it agrees with the outputs within this factor.
 AGREEMENT_FACTOR = 2.0
+# A masked LM's own loss does not see a constant added to all logits, so nothing pins their level; where it drifted up,
+# far more terms are active than in the reference, and moving the bias back beat every constant on all three such
+# backbones of the study (reports/study.md). Twice as many is the least of them.
+SHARE_FACTOR = 2.0
 # Better than 1 at every constant from 1/4 to 1/256 of the failing bundled backbone, and two to four times sparser
 # (reports/study.md: tiny backbones, lr 3e-4, the only value tried beside 1).
 HEAD_LR_MULTIPLIER = 4.0
@@ -60,7 +64,8 @@ class Choice:
         ceiling: c of `loss`, the largest a with L(a) <= c ln N.
         snap: round to a power of two, exact in every dtype.
         scale_bias: scale the bias with the matrix.
-        shift: also move the bias so that the reference's share of active dims is met.
+        shift: also move the bias so that the reference's share of active dims is met; None: for the target `auto`,
+            where documents have more than `SHARE_FACTOR` times that share and the head has a bias.
         head_lr_multiplier: of the untied head's learning rate, carried with the constant; None: `HEAD_LR_MULTIPLIER`
             where the constant shrinks the head, else 1.
     """
@@ -73,7 +78,7 @@ class Choice:
     ceiling: float = LOSS_CEILING
     snap: bool = True
     scale_bias: bool = True
-    shift: bool = False
+    shift: bool | None = None
     head_lr_multiplier: float | None = None
 
     def __post_init__(self) -> None:
@@ -116,14 +121,16 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
     assert inspection.texts is not None
     assert inspection.output is not None
     resolve_mode(inspection.head, "auto")  # refuses what no constant in the weights multiplies
-    shifting: Shift = shift_to_share(seen, profile, scale_bias=choice.scale_bias) if choice.shift else lambda _: 0.0
+    shifts = _too_dense(measured, profile) and choice.match == "auto" if choice.shift is None else choice.shift
+    shifting: Shift = shift_to_share(seen, profile, scale_bias=choice.scale_bias) if shifts else lambda _: 0.0
     solver = Solver(seen, shifting, scale_bias=choice.scale_bias)
     targets = _targets(solver, inspection.weights, inspection.head.width, profile, choice)
-    match, reason, disagreement = _pick(targets, choice, solver.curve.scale[-1])
+    match, reason, disagreement = _pick(targets, choice, solver.curve.scale[-1], shifted=shifts)
     chosen = next(t for t in targets if t.name == match)
     scale = _written(chosen, choice.snap)
     if scale is not None and scale > 1 and choice.match == "auto" and match == "loss":
-        scale, reason = 1.0, "the loss is within its ceiling untouched, so the head is left as it is"
+        scale = 1.0
+        reason = reason if shifts else "the loss is within its ceiling untouched, so the head is left as it is"
     multiplier = _multiplier(choice, scale)
     shift = 0.0 if scale is None else solver.shift(scale)
     after = None
@@ -147,11 +154,20 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
         texts=inspection.texts,
         before=inspection.output,
         after=after,
-        lambda_advice=_lambda_advice(inspection.output, after),
+        lambda_advice=_lambda_advice(inspection.output, None if shift else after),  # shifted: as for the reference
         verdict=_verdict(chosen, scale, solver, choice),
-        advice=() if scale is None else tuple(advice(scale, multiplier, inspection.head)),
+        advice=() if scale is None else tuple(advice(scale, multiplier, inspection.head, shift=shift)),
         warnings=(*inspection.warnings, *_text_warning(inspection.texts, profile)),
     )
+
+
+def _too_dense(measured: Measured, profile: Profile) -> bool:
+    """Whether documents have far more active terms than the reference's, and a shift could change that."""
+    own = measured.inspection.output
+    if own is None or profile.output is None or measured.inspection.head.bias is None:
+        return False
+    share = share_of(profile)
+    return 0 < SHARE_FACTOR * share < own.document.active_dims / measured.inspection.head.vocab_size
 
 
 def _multiplier(choice: Choice, scale: float | None) -> float:
@@ -246,13 +262,16 @@ def _written(target: Target, snap: bool) -> float | None:
     return target.snapped if snap and target.name != "constant" else target.scale
 
 
-def _pick(targets: Sequence[Target], choice: Choice, limit: float) -> tuple[str, str, str]:
+def _pick(targets: Sequence[Target], choice: Choice, limit: float, *, shifted: bool) -> tuple[str, str, str]:
     """The target to use, why, and how far the targets disagree, in words; `limit` is the largest constant tried."""
     by_name = {t.name: t for t in targets}
     disagreement = _disagreement(by_name)
     if choice.match != "auto":
         return choice.match, "as asked", disagreement
     norm, loss = by_name["norm"].scale, by_name["loss"].scale
+    if shifted and loss is not None:
+        reason = "the shift meets the reference's active dims, which no norm sees, so the loss decides"
+        return "loss", reason, disagreement
     outputs = [by_name[name].scale for name in ("activation", "score", "loss")]
     bounds = [scale for scale in outputs if scale is not None and scale != limit]  # at the limit it binds nothing
     if norm is None and loss is None:
@@ -331,9 +350,11 @@ def _text_warning(texts: Any, profile: Profile) -> list[str]:
     return [f"the profile of `{profile.name}` was measured on other texts or lengths; its outputs compare roughly"]
 
 
-def advice(scale: float, head_lr_multiplier: float, head: Head) -> list[str]:
-    """How to use the pair (constant, head learning rate): lines for a person to read."""
-    lines = [f"multiply the MLM head by {ratio_text(scale)} before training; `--save DIR` writes that checkpoint"]
+def advice(scale: float, head_lr_multiplier: float, head: Head, *, shift: float = 0.0) -> list[str]:
+    """How to use the constant, the head's learning rate and the shift: lines for a person to read."""
+    steps = [f"add {shift:.4g} to the vocabulary bias"] if shift else []
+    steps += [f"multiply the MLM head by {ratio_text(scale)}"] if scale != 1 or not shift else []
+    lines = [f"{', then '.join(steps)} before training; `--save DIR` writes that checkpoint"]
     if head_lr_multiplier == 1.0:
         return [*lines, "train the untied head at the encoder's learning rate"]
     # Untied, a bias with two names is live under the one that goes with the matrix.

@@ -38,6 +38,7 @@ class Arm(Record):
     backbone: str
     scale: float
     head_lr_multiplier: float
+    shift: float
     runs: tuple[TrainingRun, ...]
 
     @property
@@ -68,6 +69,7 @@ class Arm(Record):
 
 ARM_COLUMNS = (
     Column("arm", lambda a: a.name),
+    Column("shift", lambda a: a.shift),
     Column("scale [x]", lambda a: a.scale, as_text=ratio_text),
     Column("head lr [x]", lambda a: a.head_lr_multiplier),
     Column("loss at step 0 [ln N]", lambda a: _mean([run.steps[0].loss_over_ln_n for run in a.runs])),
@@ -122,7 +124,7 @@ def run_demo(output: Path, voice: Voice, *, seeds: int = 1, as_json: bool = Fals
     figure = figures.training_curves(
         [(arm.name, arm.runs) for arm in arms],
         title=f"{STEPS} SPLADE steps, batch 32, in-batch negatives, {seeds} seed{'s' * (seeds > 1)}",
-        subtitle=f"{bundled.FAILING}: constant {calibration.scale:g}, chosen by {calibration.match}",
+        subtitle=f"{bundled.FAILING}: {_what(calibration)}",
         reference=arms[0].name,
     )
     figures.save(figure, output / FIGURE)
@@ -183,7 +185,7 @@ def train_arms(
     from headscale.trials import Bench, TextSource, configuration_of, run_cell, shown_steps
 
     source = TextSource(packages=PACKAGES, candidates=CANDIDATES, rank_dev=False)
-    bench = Bench(voice.note, dict(backbones))
+    bench = Bench(voice.note, backbones=dict(backbones))
     corpus = bench.corpus(source)
     arms = []
     for name, backbone, scale in _plans(calibration):
@@ -192,12 +194,15 @@ def train_arms(
         for seed in seeds:
             config = demo_config(seed)
             if scale is not None:
-                config = config.replace(mode="untie", scale=scale, head_lr_multiplier=multiplier)
+                config = config.replace(
+                    mode="untie", scale=scale, head_lr_multiplier=multiplier, shift=calibration.shift
+                )
             configuration = configuration_of(backbone, config, source, corpus)
             with voice.progress(f"training {name}, seed {seed}") as bar:
                 cell = run_cell(configuration, output, bench=bench, on_step=shown_steps(bar, config.steps))
             runs.append(cell.run)
-        arms.append(Arm(name, backbone, scale or 1.0, multiplier, tuple(runs)))
+        shift = 0.0 if scale is None else calibration.shift
+        arms.append(Arm(name, backbone, scale or 1.0, multiplier, shift, tuple(runs)))
     return arms
 
 
@@ -215,12 +220,19 @@ def conclusion(arms: Sequence[Arm], calibration: Calibration) -> str:
     reference, untouched, calibrated = arms
     ranking = untouched.runs[0].end.ranking
     chance = ranking.chance_mrr_at_10 if ranking else None
-    constant = ratio_text(calibration.scale or 1.0)
     return (
-        f"Untouched, {bundled.FAILING} ended at {_ended(untouched)}; multiplied by {constant} before training, "
+        f"Untouched, {bundled.FAILING} ended at {_ended(untouched)}; {_what(calibration)} before training, "
         f"at {_ended(calibrated)}; the reference, untouched, at {_ended(reference)}. "
         f"Chance is a loss of 1.00 x ln 32 and MRR@10 {chance or 0.0:.3f}."
     )
+
+
+def _what(calibration: Calibration) -> str:
+    """What was done to the head, in words."""
+    parts = [f"its logits shifted by {calibration.shift:.4g}"] if calibration.shift else []
+    scale = calibration.scale or 1.0
+    parts += [f"multiplied by {ratio_text(scale)}"] if scale != 1 or not parts else []
+    return " and ".join(parts)
 
 
 def _ended(arm: Arm) -> str:

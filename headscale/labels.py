@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from headscale.records import Record, SweepRow
-from headscale.verdict import FAILED, LOW_IS_BAD, TRAINED, Rules
+from headscale.verdict import FAILED, LOW_IS_BAD, TRAINED, Rules, forecast_of
 
 # A run that ends with less than a quarter of what the best cell of its group reaches did not train: collapsed runs
 # of tiny backbones reach 1 to 5 % of it, slow ones about a third (measured).
@@ -56,7 +57,7 @@ def best_of_groups(rows: Iterable[SweepRow], *, fallback_lr: float) -> dict[tupl
 def point_of(row: SweepRow) -> tuple[object, ...]:
     """Everything of a cell but its seed."""
     return (row.backbone, row.scale, row.mode, row.head_lr_multiplier, row.lr, row.temperature, row.lambda_query,
-            row.lambda_document, row.warmup_ratio)  # fmt: skip
+            row.lambda_document, row.warmup_ratio, row.shift)  # fmt: skip
 
 
 def label_of(row: SweepRow, best: float) -> Label:
@@ -147,9 +148,12 @@ def score(pairs: Sequence[tuple[str, str]]) -> Score:
 
 # --- fitting -------------------------------------------------------------------------------------------------------
 
-FORECASTS = ("loss_over_ln_n", "batch_accuracy", "cosine_document", "cosine_query", "score_sd", "grad_norm",
-             "margin_over_sd")  # fmt: skip
+FORECASTS = ("loss_over_ln_n", "score_sd", "margin_over_sd", "reach", "overload")
 """What may tell training from failing; all but `LOW_IS_BAD` are bad where they are large."""
+FADING = ("loss_over_ln_n", "loss_per_term")
+"""The same where few terms are left."""
+OTHERS = ("batch_accuracy", "cosine_document", "cosine_query", "grad_norm")
+"""Tried, and shown beside them."""
 LEAST_COVERAGE = 0.9
 
 
@@ -173,13 +177,12 @@ def fit_split(statistic: str, failing: Sequence[float], training: Sequence[float
         training: its values in cells that trained.
     """
     sign = -1.0 if statistic in LOW_IS_BAD else 1.0
-    values = sorted({sign * v for v in (*failing, *training)})
+    bad, good = sorted(sign * v for v in failing), sorted(sign * v for v in training)
+    values = sorted({*bad, *good})
     best = (-1.0, 0.0, values[0], values[0])
     for low, high in itertools.pairwise(values):
-        right = (
-            sum(sign * v >= high for v in failing) / len(failing)
-            + sum(sign * v <= low for v in training) / len(training)
-        ) / 2
+        caught, spared = len(bad) - bisect_left(bad, high), bisect_right(good, low)
+        right = (caught / len(bad) + spared / len(good)) / 2
         best = max(best, (right, _distance(low, high), low, high))
     right, gap, low, high = best
     return Split(statistic, sign * _between(low, high, 0.75), sign * _between(low, high, 0.25), right, gap)
@@ -196,33 +199,88 @@ def _between(low: float, high: float, share: float) -> float:
     return low + share * (high - low)
 
 
-def fit(
-    rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]
-) -> tuple[Rules, tuple[Split, ...]]:
-    """Rules with both forecasts fitted to cells, and every statistic's best split beside them, the best first.
-
-    The statistic of the forecast is given, not chosen by its score on few cells: the loss compares with chance at any
-    temperature and for any backbone, which the others do not.
+def fit(rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]) -> Rules:
+    """Rules with both forecasts fitted to cells; the statistics are those of `rules`.
 
     Args:
         rules: what is not fitted; a forecast whose cells all ended alike keeps its thresholds.
         prefixes: of every cell, its means (`headscale.verdict.means`) at `rules.decide_share`.
         labels: of every cell.
     """
-    known = list(zip(prefixes, (label in FAILED for label in labels), strict=True))
-    fading = [(p, bad) for p, bad in known if p["active_dims_query"] < rules.fading_dims]
-    others = [(p, bad) for p, bad in known if not p["active_dims_query"] < rules.fading_dims]
-    split = _split("loss_over_ln_n", fading)
+    fading, others = _by_terms(rules, prefixes, labels)
+    split = _split(rules.fading_statistic, fading)
     if split is not None:
         rules = replace(rules, fading_fails_from=split.fails_from, fading_trains_to=split.trains_to)
     split = _split(rules.statistic, others)
     if split is not None:
         rules = replace(rules, fails_from=split.fails_from, trains_to=split.trains_to)
-    splits = [s for s in (_split(name, others) for name in FORECASTS) if s is not None]
-    return rules, tuple(sorted(splits, key=lambda s: -s.balanced_accuracy))
+    return rules
 
 
-def _split(statistic: str, cells: Sequence[tuple[Mapping[str, float], bool]]) -> Split | None:
+def splits_of(rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]) -> tuple[Split, ...]:
+    """Every statistic's best split of the cells that do not fade, the best first; arguments as for `fit`."""
+    _, others = _by_terms(rules, prefixes, labels)
+    splits = [s for s in (_split(name, others) for name in (*FORECASTS, *OTHERS)) if s is not None]
+    return tuple(sorted(splits, key=lambda s: -s.balanced_accuracy))
+
+
+Ended = tuple[Mapping[str, float], bool]  # means, and whether the run failed
+
+
+def _by_terms(
+    rules: Rules, prefixes: Sequence[Mapping[str, float]], labels: Sequence[str]
+) -> tuple[list[Ended], list[Ended]]:
+    """Cells whose queries have few terms, and the others."""
+    known = list(zip(prefixes, (label in FAILED for label in labels), strict=True))
+    fading = [(p, bad) for p, bad in known if p["active_dims_query"] < rules.fading_dims]
+    return fading, [(p, bad) for p, bad in known if not p["active_dims_query"] < rules.fading_dims]
+
+
+Known = tuple[Mapping[str, float], str]
+
+
+def choose(rules: Rules, cells: Sequence[Known], groups: Sequence[object]) -> Rules:
+    """Rules with the pair of statistics that foretells cells best which it was not fitted to, and fitted to all.
+
+    Args:
+        rules: what is neither chosen nor fitted.
+        cells: means and label of every cell.
+        groups: of every cell, such as its point of the grid; each group in turn is left out of the fit and foretold.
+    """
+
+    def right(statistics: tuple[str, str]) -> float:
+        tried = replace(rules, statistic=statistics[0], fading_statistic=statistics[1])
+        pairs = []
+        for group in dict.fromkeys(groups):
+            known = [cell for cell, own in zip(cells, groups, strict=True) if own != group]
+            fitted = fit(tried, [m for m, _ in known], [label for _, label in known])
+            left = [cell for cell, own in zip(cells, groups, strict=True) if own == group]
+            pairs += [(label, foretold(fitted, seen)) for seen, label in left]
+        found = score(pairs)
+        missed = found.failing - found.failing_right, found.training - found.training_right
+        kept = found.balanced_accuracy if min(found.failing, found.training) else -float(sum(missed))
+        return kept if found.coverage >= LEAST_COVERAGE else kept - 1.0
+
+    best = max(itertools.product(FORECASTS, FADING), key=right)  # of equals the first, which is the simplest
+    chosen = replace(rules, statistic=best[0], fading_statistic=best[1])
+    return fit(chosen, [m for m, _ in cells], [label for _, label in cells])
+
+
+def foretold(rules: Rules, seen: Mapping[str, float]) -> str:
+    """`collapsed`, `stable` or `inconclusive` by the two forecasts alone.
+
+    Args:
+        rules: the thresholds.
+        seen: the means of a prefix.
+    """
+    statistic, fails_from, trains_to = forecast_of(rules, seen)
+    sign = -1 if statistic in LOW_IS_BAD else 1
+    if sign * seen[statistic] >= sign * fails_from:
+        return "collapsed"
+    return "inconclusive" if sign * seen[statistic] > sign * trains_to else "stable"
+
+
+def _split(statistic: str, cells: Sequence[Ended]) -> Split | None:
     failing = [p[statistic] for p, bad in cells if bad and math.isfinite(p[statistic])]
     training = [p[statistic] for p, bad in cells if not bad and math.isfinite(p[statistic])]
     return fit_split(statistic, failing, training) if failing and training else None

@@ -118,8 +118,12 @@ def calibrate(
     snap: Annotated[bool, typer.Option("--snap/--no-snap", help="Round the constant to a power of two.")] = True,
     scale_bias: Annotated[bool, typer.Option("--scale-bias/--no-scale-bias", help="Scale the bias too.")] = True,
     shift: Annotated[
-        bool, typer.Option("--shift", help="Also move the bias to the reference's share of active dims.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--shift/--no-shift",
+            help="Move the bias to the reference's share of active dims; by default where it is twice that.",
+        ),
+    ] = None,
     head_lr_multiplier: Annotated[
         float | None, typer.Option(help="Of the head's learning rate, stored as advice; 4 where the head shrinks.")
     ] = None,

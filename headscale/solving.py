@@ -112,7 +112,7 @@ def shift_to_share(seen: Observation, profile: Profile, *, scale_bias: bool) -> 
             f"`--shift` cannot match `{profile.name}`, whose documents have no active terms",
             hint="take a reference that puts something out",
         )
-    share = profile.output.document.active_dims / _vocabulary_of(profile)
+    share = share_of(profile)
     largest, bias = seen.document.largest, seen.bias
     if scale_bias or bias is None:
         one = _shift_to(largest, share)
@@ -134,7 +134,9 @@ def _shift_to(thresholds: Tensor, share: float) -> float:
     return -(float(ordered[place - 1]) + float(ordered[place])) / 2
 
 
-def _vocabulary_of(profile: Profile) -> float:
+def share_of(profile: Profile) -> float:
+    """The share of the vocabulary that is active in a document of a reference whose outputs are known."""
     assert profile.output is not None
     document = profile.output.document
-    return document.l1 / document.mean_weight if document.mean_weight > 0 else math.inf
+    vocabulary = document.l1 / document.mean_weight if document.mean_weight > 0 else math.inf
+    return document.active_dims / vocabulary

@@ -1,5 +1,10 @@
 """The verdict of a trial: what the steps so far say of the full run. All of its rules, and all their thresholds.
 
+A run fails in one of two ways (reports/study.md). An *overloaded* head puts out scores so large and so much alike that
+the run is over before its weights have moved far enough to bring them down; how far they will move is known early,
+since AdamW's relative step hardly changes. A *fading* one starts sparse and too high, and its terms go out before the
+loss is down; what counts is the loss that each of the few remaining terms has to work off.
+
 A verdict looks at a prefix of the run only, as means over its last steps. Steps are counted by the share of the full
 run's summed learning rate that they have used; before `decide_share` of it, all but an outright failure is
 `inconclusive`.
@@ -8,10 +13,11 @@ run's summed learning rate that they have used; before `decide_share` of it, all
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from headscale.diagnosis import LOSS_CEILING
 from headscale.records import Record, StepRecord, TrialVerdict
 
 if TYPE_CHECKING:
@@ -35,12 +41,12 @@ class Rules(Record):
         signature_accuracy: batch accuracy is at most this many times chance in a collapse.
         signature_cosine: documents are at least this much alike in a collapse.
         grown_loss: loss / ln N at least this, and at least this many times that of the first step: diverging.
+        loaded_from: loss / ln N, in units of the scores themselves, up to which nothing is overloaded.
         statistic: what tells a run that will train from one that will fail, once `decide_share` is over.
         fails_from, trains_to: its values from which on the run fails, and up to which it trains; what lies
             between is `inconclusive`. Where small values are the bad ones, `fails_from` is below `trains_to`.
-        fading_dims: active dims of a query below which `fading_fails_from` and `fading_trains_to` decide instead:
-            a run may also fail by all of its terms going out.
-        fading_fails_from, fading_trains_to: the same of loss / ln N, where queries have so few terms.
+        fading_dims: active dims of a query below which the fading rule decides instead.
+        fading_statistic, fading_fails_from, fading_trains_to: the same where queries have so few terms.
         settle_share: of the summed learning rate; before it neither `dense` nor `degraded` is called.
         dense_share: active dims of a document over the vocabulary, from which on it is `dense`.
         degraded_accuracy: batch accuracy below which a run that trains is `degraded`.
@@ -54,12 +60,14 @@ class Rules(Record):
     signature_accuracy: float = 2.0
     signature_cosine: float = 0.9
     grown_loss: float = 2.0
-    statistic: str = "loss_over_ln_n"
-    fails_from: float = 37.8
-    trains_to: float = 35.1
+    loaded_from: float = LOSS_CEILING
+    statistic: str = "overload"
+    fails_from: float = 27.0
+    trains_to: float = 25.0
     fading_dims: float = 30.0
-    fading_fails_from: float = 1.078
-    fading_trains_to: float = 1.061
+    fading_statistic: str = "loss_per_term"
+    fading_fails_from: float = 0.16
+    fading_trains_to: float = 0.14
     settle_share: float = 0.5
     dense_share: float = 0.125
     degraded_accuracy: float = 0.199
@@ -75,10 +83,12 @@ ORIGINS: dict[str, str] = {
     "signature_accuracy": "chance is 1 / N; twice it leaves room for a batch's noise",
     "signature_cosine": "failed runs end at .94 to .97, or empty (reports/study.md); alone it decides nothing",
     "grown_loss": "definition: worse than at the first step and than chance by this factor",
-    "statistic": "comparable with chance everywhere; others did no better (reports/study.md)",
+    "loaded_from": "the loss from which `inspect` calls a head too high; a backbone below it trained (reports/study.md)",
+    "statistic": "of five, the best on cells that were not fitted to (reports/study.md)",
     "fails_from": _FITTED,
     "trains_to": _FITTED,
     "fading_dims": "a trained query has 30 to 50 active dims (sentence-transformers' guide to sparse encoders)",
+    "fading_statistic": "of two, the best on cells that were not fitted to (reports/study.md)",
     "fading_fails_from": _FITTED,
     "fading_trains_to": _FITTED,
     "settle_share": "lambda has its final value there, and words were as often right as at the end (reports/study.md)",
@@ -90,23 +100,61 @@ ORIGINS: dict[str, str] = {
 RULES = Rules()
 
 
-def means(steps: Sequence[StepRecord], rules: Rules = RULES) -> dict[str, float]:
-    """Means over the last steps of what the rules look at, of what is finite; NaN for what never was."""
+def means(steps: Sequence[StepRecord], config: TrainingConfig, rules: Rules = RULES) -> dict[str, float]:
+    """Means over the last steps of what the rules look at, of what is finite, and what they make of them.
+
+    Args:
+        steps: a prefix of a run.
+        config: of the run.
+        rules: how many steps count.
+
+    Returns:
+        by name, NaN for what was never observed. `reach` is how far the head's matrix would move over the full run,
+        in its own norms, at the present relative step; `overload` is ln(sd of the scores) / reach, the factors of e
+        that the scores are above 1 over the head's own lengths to bring them down, and 0 where temperature x loss is
+        below `loaded_from` already; `loss_per_term` is loss / ln N over the active dims of a query.
+    """
     count = min(max(rules.window_least, math.ceil(rules.window_share * len(steps))), rules.window_most)
     window = steps[-count:]
     found = {name: _mean([getattr(record, name) for record in window]) for name in STATISTICS}
-    spread = found["score_sd"]
-    return {**found, "margin_over_sd": found["score_margin"] / spread if spread else 0.0}
+    spread, terms, reach = found["score_sd"], found["active_dims_query"], _reach(window, config)
+    return {
+        **found,
+        "margin_over_sd": found["score_margin"] / spread if spread else 0.0,
+        "loss_per_term": found["loss_over_ln_n"] / terms if terms else math.inf,
+        "reach": reach,
+        "overload": _overload(config.temperature * found["loss_over_ln_n"], spread, reach, rules),
+    }
+
+
+def _overload(loss: float, spread: float, reach: float, rules: Rules) -> float:
+    if loss <= rules.loaded_from:
+        return 0.0
+    return math.nan if math.isnan(spread) or not reach > 0 else math.log(max(1.0, spread)) / reach
+
+
+def _reach(window: Sequence[StepRecord], config: TrainingConfig) -> float:
+    """The sum of ||dW|| / ||W|| over the full run, from the mean of what each unit of the learning rate moves."""
+    schedule = config.schedule()
+    pairs = [(record.update_ratio, schedule.lr_factor(record.step)) for record in window]
+    return _mean([ratio / factor for ratio, factor in pairs if ratio is not None and factor > 0]) * schedule.lr_sum()
 
 
 STATISTICS = ("loss_over_ln_n", "batch_accuracy", "cosine_document", "cosine_query", "score_sd", "score_margin",
-              "active_dims_query", "active_dims_document", "grad_norm", "saturation")  # fmt: skip
-LOW_IS_BAD = frozenset({"batch_accuracy", "margin_over_sd"})
+              "active_dims_query", "active_dims_document", "grad_norm", "saturation", "update_ratio")  # fmt: skip
+LOW_IS_BAD = frozenset({"batch_accuracy", "margin_over_sd", "reach"})
 
 
 def _mean(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return math.fsum(known) / len(known) if known else math.nan
+
+
+def forecast_of(rules: Rules, seen: Mapping[str, float]) -> tuple[str, float, float]:
+    """The statistic that decides for these means, from which value a run fails and up to which it trains."""
+    if seen["active_dims_query"] < rules.fading_dims:
+        return rules.fading_statistic, rules.fading_fails_from, rules.fading_trains_to
+    return rules.statistic, rules.fails_from, rules.trains_to
 
 
 @dataclass(frozen=True)
@@ -171,7 +219,7 @@ class Watch:
         return self.verdict
 
     def _judge(self) -> TrialVerdict:
-        seen = means(self.steps, self.rules)
+        seen = means(self.steps, self.clock.config, self.rules)
         share = self.clock.share(len(self.steps))
         outright = self._non_finite() or self._grown(seen)
         if outright is not None:
@@ -218,17 +266,16 @@ class Watch:
 
     def _forecast(self, seen: dict[str, float], share: float) -> TrialVerdict:
         rules = self.rules
-        statistic, fails_from, trains_to = rules.statistic, rules.fails_from, rules.trains_to
-        rule = "forecast"
-        if seen["active_dims_query"] < rules.fading_dims:
-            rule, statistic = "fading", "loss_over_ln_n"
-            fails_from, trains_to = rules.fading_fails_from, rules.fading_trains_to
+        statistic, fails_from, trains_to = forecast_of(rules, seen)
+        rule = "fading" if seen["active_dims_query"] < rules.fading_dims else "forecast"
         value = seen[statistic]
         sign = -1 if statistic in LOW_IS_BAD else 1
         told = f"{statistic} is {value:.3g} at {share:.0%} of the summed learning rate"
         if rule == "fading":
             told += f", with {seen['active_dims_query']:.0f} active dims per query"
-        if math.isnan(value) or sign * value >= sign * fails_from:
+        if math.isnan(value):
+            return _inconclusive(f"{statistic} was not observed", value, trains_to, rule=rule, statistic=statistic)
+        if sign * value >= sign * fails_from:
             return _certain(
                 "collapsed", rule, statistic, value, fails_from, f"{told}; from {fails_from:.3g} on runs fail"
             )

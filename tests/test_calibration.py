@@ -15,7 +15,17 @@ from tiny_models import VOCAB, tiny_model, tiny_tokenizer
 
 from headscale.activations import Encoding, Observation, observe, output_statistics
 from headscale.backbone import handed_over
-from headscale.calibration import ACTIVATIONS, HEAD_LR_MULTIPLIER, MATCHES, NORMS, SCORES, Choice, advice, choose
+from headscale.calibration import (
+    ACTIVATIONS,
+    HEAD_LR_MULTIPLIER,
+    MATCHES,
+    NORMS,
+    SCORES,
+    SHARE_FACTOR,
+    Choice,
+    advice,
+    choose,
+)
 from headscale.constants import nearest_power_of_two, power_of_two_below, ratio_text
 from headscale.diagnosis import LOSS_CEILING
 from headscale.errors import UnsupportedHeadError, UsageError
@@ -147,7 +157,7 @@ def test_the_ceiling_is_the_last_constant_below_it(large: Measured, other: Profi
 
 def test_the_table_says_what_each_constant_leads_to(large: Measured, other: Profile) -> None:
     for snap in (True, False):
-        found = choose(large, reference(other), Choice(snap=snap))
+        found = choose(large, reference(other), Choice(snap=snap, shift=False))
         assert {t.name.partition(":")[0] for t in found.targets} == set(MATCHES)
         for row in found.targets:
             written = row.snapped if snap and row.name != "constant" else row.scale
@@ -188,7 +198,7 @@ def test_a_solution_at_a_power_of_two_is_not_rounded_away() -> None:
 
 
 def test_what_is_rounded_and_how(large: Measured, other: Profile) -> None:
-    found = choose(large, reference(other), Choice(k=11.3))
+    found = choose(large, reference(other), Choice(k=11.3, shift=False))
     for row in found.targets:
         rule = power_of_two_below if row.name == "loss" else nearest_power_of_two
         assert row.snapped == rule(row.scale)
@@ -327,7 +337,7 @@ def test_a_spectral_norm_that_was_not_measured(whose: str, large: Measured, othe
     asked = choose(large, reference(other), Choice(match="norm", norm="spectral_norm"))
     assert (asked.scale, asked.verdict.word) == (None, "unmatched")
     assert asked.verdict.evidence == f"the spectral_norm of {whose} was not measured: `--spectral` adds it"
-    automatic = choose(large, reference(other), Choice(norm="spectral_norm"))
+    automatic = choose(large, reference(other), Choice(norm="spectral_norm", shift=False))
     assert (automatic.match, automatic.match_reason) == ("loss", "norm cannot be reached, so loss decides")
 
 
@@ -368,17 +378,18 @@ def test_auto_takes_the_norm_where_it_agrees_and_the_loss_where_not(large: Measu
 
 def test_auto_holds_the_norm_against_every_output(large: Measured, other: Profile) -> None:
     """A norm that agrees with the loss alone is no agreement where scores ask for something else."""
-    known = choose(large, reference(other))
+    alone = Choice(shift=False)
+    known = choose(large, reference(other), alone)
     loss, score = target(known, "loss").scale, target(known, "score").scale
     assert max(loss / score, score / loss) > 2.5
-    assert choose(large, with_norm(other, large.inspection.weights.frobenius * loss)).match == "loss"
+    assert choose(large, with_norm(other, large.inspection.weights.frobenius * loss), alone).match == "loss"
 
 
 def test_auto_where_one_or_both_cannot_be_reached(large: Measured, other: Profile) -> None:
-    assert choose(large, with_norm(other, 0.0)).match == "loss"
-    low = choose(large, reference(other), Choice(ceiling=0.5))  # below any loss
+    assert choose(large, with_norm(other, 0.0), Choice(shift=False)).match == "loss"
+    low = choose(large, reference(other), Choice(ceiling=0.5, shift=False))  # below any loss
     assert (low.match, low.match_reason) == ("norm", "loss cannot be reached, so norm decides")
-    neither = choose(large, with_norm(other, 0.0), Choice(ceiling=0.5))
+    neither = choose(large, with_norm(other, 0.0), Choice(ceiling=0.5, shift=False))
     assert (neither.scale, neither.match_reason) == (None, "neither norm nor loss can be reached")
 
 
@@ -473,20 +484,47 @@ def test_a_reference_that_gives_no_share(large: Measured, other: Profile) -> Non
         choose(large, reference(replace(other, output=silent)), Choice(shift=True))
 
 
+def test_auto_shifts_where_far_more_terms_are_active_than_in_the_reference(large: Measured, other: Profile) -> None:
+    """With a head that has a bias, and for the target `auto` alone; then the loss decides on what is left to do."""
+    dims = large.inspection.output.document.active_dims
+    share = other.output.document.active_dims / (other.output.document.l1 / other.output.document.mean_weight)
+    assert dims / large.inspection.head.vocab_size > SHARE_FACTOR * share
+    found = choose(large, reference(other))
+    assert found.shift == choose(large, reference(other), Choice(shift=True)).shift < 0
+    assert found.after.document.active_dims == pytest.approx(share * large.inspection.head.vocab_size, abs=1.0)
+    assert (found.match, found.lambda_advice.query) == ("loss", None)
+    assert "shift" in found.match_reason
+    assert found.scale <= 1.0
+    assert found.advice[0].startswith(f"add {found.shift:.4g} to the vocabulary bias")
+    assert choose(large, reference(other), Choice(match="constant")).shift == 0.0
+    assert choose(large, reference(other), Choice(shift=False)).shift == 0.0
+    head = replace(large.inspection.head, bias=None)
+    assert choose(replace(large, inspection=replace(large.inspection, head=head)), reference(other)).shift == 0.0
+    assert choose(large, reference(replace(other, output=None))).shift == 0.0
+    own = reference(profile_of(large.inspection))
+    assert choose(large, own).shift == 0.0
+
+
+def test_advice_without_a_constant_speaks_of_the_shift_alone(large: Measured) -> None:
+    head = large.inspection.head
+    assert advice(1.0, 1.0, head, shift=-7.0)[0].startswith("add -7 to the vocabulary bias before training")
+    assert advice(0.5, 4.0, head, shift=-7.0)[0].startswith("add -7 to the vocabulary bias, then multiply the MLM head")
+
+
 # --- what goes with the constant -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scale_bias", "shift"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize("scale_bias", [True, False])
 def test_lambda_advice_is_the_ratio_that_a_rescaled_model_has(
-    scale_bias: bool, shift: bool, large: Measured, other: Profile
+    scale_bias: bool, large: Measured, other: Profile
 ) -> None:
-    found = choose(large, reference(other), Choice(match="constant", scale_bias=scale_bias, shift=shift))
+    found = choose(large, reference(other), Choice(match="constant", scale_bias=scale_bias))
     seen = large.seen
     bias = seen.bias.double().numpy()
     ratios = []
     for side in (seen.query, seen.document):
         m = side.largest.double().numpy()
-        moved = (m + found.shift) / 16 if scale_bias else (m - bias + found.shift) / 16 + bias
+        moved = m / 16 if scale_bias else (m - bias) / 16 + bias
         before, after = (float(np.square(np.log1p(np.maximum(x, 0.0)).mean(0)).sum()) for x in (m, moved))
         ratios.append(before / after if after else None)
     for got, expected in zip((found.lambda_advice.query, found.lambda_advice.document), ratios, strict=True):
@@ -497,7 +535,7 @@ def test_lambda_advice_is_the_ratio_that_a_rescaled_model_has(
 def test_after_is_what_the_written_model_will_show(scale_bias: bool, large: Measured, other: Profile) -> None:
     found = choose(large, reference(other), Choice(scale_bias=scale_bias))
     changed = copy.deepcopy(large.backbone.model)
-    rescale_(changed, found.scale, mode="untie", scale_bias=scale_bias)
+    rescale_(changed, found.scale, mode="untie", scale_bias=scale_bias, shift=found.shift)
     seen = observe(load_head(changed), tiny_tokenizer(), TEXTS.pairs, ENCODING)
     tokens = tiny_tokenizer().convert_ids_to_tokens
     again = output_statistics(seen, token=tokens)

@@ -22,7 +22,7 @@ def test_the_story_is_true(capsys: Any) -> None:
     assert run(["demo", "--json", "-q"]) == 0
     document = json.loads(capsys.readouterr().out)
     calibration, reference, untouched, calibrated = document["results"]
-    assert calibration["scale"] < 1
+    assert calibration["shift"] < 0
     mrr = {arm["name"]: [r["end"]["ranking"]["mrr_at_10"] for r in arm["runs"]] for arm in document["results"][1:]}
     chance = untouched["runs"][0]["end"]["ranking"]["chance_mrr_at_10"]
     assert untouched["runs"][0]["steps"][0]["loss_over_ln_n"] > 10

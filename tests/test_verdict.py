@@ -11,13 +11,17 @@ from scipy.stats import binomtest
 
 from headscale.labels import (
     DENSE_SHARE,
+    FADING,
     FORECASTS,
+    OTHERS,
     Score,
     best_of_groups,
+    choose,
     fit,
     fit_split,
     label_of,
     score,
+    splits_of,
     wilson,
 )
 from headscale.recipes import TrainingConfig
@@ -40,7 +44,8 @@ from headscale.verdict import (
 FULL = TrainingConfig(steps=100, batch_size=32, lr=3e-4)
 VOCAB, N = 1000, 32
 OWN = Rules(statistic="loss_over_ln_n", fails_from=4.0, trains_to=2.0, settle_share=0.5, dense_share=0.1,
-            degraded_accuracy=0.3, fading_fails_from=1.4, fading_trains_to=1.1)  # fmt: skip
+            degraded_accuracy=0.3, fading_statistic="loss_over_ln_n", fading_fails_from=1.4,
+            fading_trains_to=1.1)  # fmt: skip
 DECIDED = Clock(FULL).steps_for(OWN.decide_share)
 
 
@@ -48,7 +53,7 @@ def step(number: int, **values: float | None) -> StepRecord:
     given = {
         "loss": 1.0, "loss_over_ln_n": 1.0, "batch_accuracy": 0.5, "cosine_document": 0.5, "cosine_query": 0.5,
         "score_sd": 1.0, "score_margin": 1.0, "active_dims_document": 50.0, "active_dims_query": 40.0,
-        "head_norm": 10.0, "grad_norm": 1.0,
+        "head_norm": 10.0, "grad_norm": 1.0, "update_ratio": 0.01,
         "skipped": False, "non_finite": 0, "memory": 0, **values,
     }  # fmt: skip
     return StepRecord(**{f.name: given.get(f.name, 0.0) for f in fields(StepRecord)} | {"step": number})  # type: ignore[arg-type]
@@ -71,8 +76,9 @@ def test_every_threshold_has_an_origin():
 def test_the_words_are_the_closed_list():
     assert set(WORDS) == {"stable", "degraded", "diverged", "collapsed", "dense", "inconclusive"}
     assert FAILED | TRAINED | {"inconclusive"} == set(WORDS)
-    assert {RULES.statistic} <= set(FORECASTS)
-    assert set(FORECASTS) >= LOW_IS_BAD
+    assert RULES.statistic in FORECASTS
+    assert RULES.fading_statistic in FADING
+    assert {*FORECASTS, *OTHERS} >= LOW_IS_BAD
 
 
 # --- the clock -----------------------------------------------------------------------------------------------------
@@ -177,9 +183,36 @@ def test_where_low_is_bad_the_forecast_turns_around():
     assert words == ["collapsed", "inconclusive", "stable"]
 
 
-def test_an_undefined_statistic_never_counts_as_training():
+def test_an_undefined_statistic_decides_nothing():
     rules = replace(OWN, statistic="cosine_document", fails_from=0.9, trains_to=0.9)
-    assert verdict_of(run_of(20, cosine_document=None), rules).word == "collapsed"
+    assert verdict_of(run_of(20, cosine_document=None), rules).word == "inconclusive"
+    unseen = verdict_of(run_of(20, update_ratio=None, loss_over_ln_n=9.0), replace(OWN, statistic="overload"))
+    assert (unseen.word, unseen.rule) == ("inconclusive", "forecast")
+
+
+def test_reach_is_what_the_head_would_move_over_the_full_run():
+    """Steps of 1 % of the norm at the peak of the learning rate, in proportion before and after."""
+    factors = [i / 10 if i < 10 else (100 - i) / 90 for i in range(100)]
+    steps = [step(i, update_ratio=0.01 * f, score_sd=math.e**2, loss_over_ln_n=5.0) for i, f in enumerate(factors)]
+    for count in (DECIDED, 50, 90):
+        seen = means(steps[:count], FULL)
+        assert seen["reach"] == pytest.approx(0.01 * sum(factors))
+        assert seen["overload"] == pytest.approx(2 / (0.01 * sum(factors)))
+    longer = FULL.replace(horizon=1000, warmup_steps=10)
+    assert means(steps[:11], longer)["reach"] == pytest.approx(0.01 * longer.schedule().lr_sum())
+    high = {"score_sd": 50.0, "loss_over_ln_n": 9.0}
+    assert means(run_of(20, **{**high, "score_sd": 0.5}), FULL)["overload"] == 0.0  # nothing to bring down
+    assert means(run_of(20, **{**high, "loss_over_ln_n": 3.9}), FULL)["overload"] == 0.0  # it is down
+    cooled = FULL.replace(temperature=10.0)
+    assert means(run_of(20, **{**high, "loss_over_ln_n": 0.9}), cooled)["overload"] > 0.0  # the scores are not
+
+
+def test_the_loss_per_term_of_queries_without_terms_is_endless():
+    assert means(run_of(20, active_dims_query=0.0), FULL)["loss_per_term"] == math.inf
+    assert means(run_of(20, active_dims_query=8.0, loss_over_ln_n=2.0), FULL)["loss_per_term"] == 0.25
+    rules = replace(OWN, fading_statistic="loss_per_term", fading_fails_from=0.16, fading_trains_to=0.14)
+    words = [verdict_of(run_of(DECIDED, active_dims_query=d), rules).word for d in (4.0, 6.7, 8.0)]
+    assert words == ["collapsed", "inconclusive", "stable"]
 
 
 def test_sparsity_and_quality_are_judged_late_only():
@@ -214,7 +247,7 @@ def test_a_certain_verdict_stays():
 
 def test_means_are_over_the_last_steps():
     values = np.arange(40.0)
-    seen = means([step(i, grad_norm=v, cosine_query=None) for i, v in enumerate(values)])
+    seen = means([step(i, grad_norm=v, cosine_query=None) for i, v in enumerate(values)], FULL)
     assert seen["grad_norm"] == pytest.approx(values[-8:].mean())
     assert math.isnan(seen["cosine_query"])
 
@@ -320,29 +353,48 @@ def test_fitting_keeps_the_statistic_and_ranks_the_others():
     labels = ["collapsed"] * 10 + ["stable"] * 10
     prefixes = [
         {
-            **{name: float(source.lognormal()) for name in FORECASTS},
+            **{name: float(source.lognormal()) for name in (*FORECASTS, *OTHERS)},
             "active_dims_query": 99.0,
             "cosine_query": 0.9 if bad else 0.4,
         }
         for bad in [True] * 10 + [False] * 10
     ]
-    rules, splits = fit(replace(OWN, statistic="cosine_query"), prefixes, labels)
+    rules = fit(replace(OWN, statistic="cosine_query"), prefixes, labels)
+    splits = splits_of(rules, prefixes, labels)
     assert rules.statistic == "cosine_query"
     assert math.log(rules.fails_from / 0.4) == pytest.approx(0.75 * math.log(0.9 / 0.4))  # the middle half abstains
     assert math.log(rules.trains_to / 0.4) == pytest.approx(0.25 * math.log(0.9 / 0.4))
     assert (rules.fading_fails_from, rules.fading_trains_to) == (OWN.fading_fails_from, OWN.fading_trains_to)
     assert (splits[0].statistic, splits[0].balanced_accuracy) == ("cosine_query", 1.0)
-    assert fit(OWN, prefixes, labels)[0].statistic == OWN.statistic
+    assert fit(OWN, prefixes, labels).statistic == OWN.statistic
     assert rules.decide_share == OWN.decide_share
 
 
 def test_runs_whose_terms_go_out_are_fitted_apart():
     """One threshold on the loss would not do: what fails there trains here."""
     few, many = {"active_dims_query": 9.0}, {"active_dims_query": 900.0}
-    other = dict.fromkeys(FORECASTS, 1.0)
+    other = dict.fromkeys((*FORECASTS, *OTHERS), 1.0)
     cells = [(few, 0.8, "stable"), (few, 1.6, "collapsed"), (many, 15.0, "degraded"), (many, 60.0, "collapsed")]
     prefixes = [{**other, **dims, "loss_over_ln_n": loss} for dims, loss, _ in cells]
-    rules, _ = fit(OWN, prefixes, [label for _, _, label in cells])
+    rules = fit(OWN, prefixes, [label for _, _, label in cells])
     assert 0.8 < rules.fading_trains_to < rules.fading_fails_from < 1.6
     assert rules.statistic == "loss_over_ln_n"
     assert 15.0 < rules.trains_to < rules.fails_from < 60.0
+
+
+def test_the_statistic_is_chosen_by_what_it_foretells_of_points_left_out():
+    """`overload` separates every point; `score_sd` all but two, and chance the rest."""
+    source = np.random.default_rng(1)
+    cells, groups = [], []
+    for point in range(12):
+        bad = point % 2 == 0
+        for _ in range(2):
+            seen = {name: float(source.lognormal()) for name in (*FORECASTS, *OTHERS)}
+            seen |= {"active_dims_query": 99.0, "overload": 50.0 if bad else 5.0 + point / 10}
+            seen["score_sd"] = 100.0 if bad != (point in (3, 4)) else 1.0
+            cells.append((seen, "collapsed" if bad else "stable"))
+            groups.append(point)
+    chosen = choose(OWN, cells, groups)
+    assert chosen.statistic == "overload"
+    assert 6.2 < chosen.trains_to < chosen.fails_from < 50.0
+    assert chosen.fading_statistic == FADING[0]  # nothing tells the two apart: the simpler one
