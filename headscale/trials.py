@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscale import __version__, cells
 from headscale.errors import HeadscaleError, UsageError
+from headscale.interop.tracking import following
 from headscale.profiles import from_dict
 from headscale.recipes import TrainingConfig, recipe
 from headscale.records import Record, StepRecord, TrainedCell, TrialResult, TrialVerdict
@@ -95,10 +96,12 @@ class Bench:
     Args:
         tell: told in a sentence what is loaded or reused.
         team: the processes that share every batch, each with a bench of its own; the first one alone writes.
+        track: a tracker that gets the steps too: `tensorboard`, `wandb` or `trackio`.
     """
 
     tell: Callable[[str], None] | None = None
     team: Team | None = None
+    track: str | None = None
     backbones: dict[str, Backbone] = field(default_factory=dict)
     corpora: dict[TextSource, Corpus] = field(default_factory=dict)
 
@@ -221,7 +224,8 @@ def run_cell(
     if team.is_first:
         (folder / cells.CELL).unlink(missing_ok=True)  # of an interrupted or failed attempt
     try:
-        cell, model, interrupted = _train_cell(configuration, folder, bench, on_step)
+        with following(bench.track, folder, configuration, on_step) as watch:
+            cell, model, interrupted = _train_cell(configuration, folder, bench, watch)
     finally:
         if team.is_first:
             (folder / cells.BEGUN).unlink(missing_ok=True)

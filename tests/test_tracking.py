@@ -118,7 +118,8 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    with following("wandb", tmp_path, {"seed": 7}, lambda record, verdict: None) as step:
+    with following("wandb", tmp_path, {"seed": 7}) as step:
+        assert step is not None
         for number in range(3):
             step(record(number, number / 2), VERDICT)
     wandb.teardown()  # its process has then written all it has

@@ -151,14 +151,16 @@ def scalars_of(record: StepRecord) -> Scalars:
 
 
 @contextmanager
-def following(backend: str | None, folder: Path, configuration: dict[str, Any], then: OnStep) -> Iterator[OnStep]:
+def following(
+    backend: str | None, folder: Path, configuration: dict[str, Any], then: OnStep | None = None
+) -> Iterator[OnStep | None]:
     """What to call with every step of a cell, so that it is logged too; `then` alone without a backend.
 
     Args:
         backend: as for `Tracking`, or None.
         folder: of the cell; its name is that of the run.
         configuration: of the cell.
-        then: called with every record and verdict in any case.
+        then: called with every record and verdict in any case, unless it is None.
     """
     if backend is None:
         yield then
@@ -167,7 +169,8 @@ def following(backend: str | None, folder: Path, configuration: dict[str, Any], 
 
         def both(record: StepRecord, verdict: TrialVerdict) -> None:
             tracking(record, verdict)
-            then(record, verdict)
+            if then is not None:
+                then(record, verdict)
 
         yield both
 
