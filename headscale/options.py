@@ -68,4 +68,7 @@ TrainDocumentLength = Annotated[int | None, typer.Option("--document-length", mi
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 TrainDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 TestPairs = Annotated[str | None, typer.Option("--test-pairs", metavar="SOURCE", help="Pairs to rank at the end.")]
+Track = Annotated[
+    str | None, typer.Option("--track", metavar="NAME", help="Also log steps to tensorboard, wandb or trackio.")
+]
 Candidates = Annotated[int, typer.Option(min=0, help="Pairs that are ranked at the end; 0: none.")]

@@ -44,6 +44,7 @@ from headscale.options import (
     Steps,
     Temperature,
     TestPairs,
+    Track,
     TrainDevice,
     TrainDocumentLength,
     TrainQueryLength,
@@ -89,6 +90,7 @@ def trial(
     save_model: Annotated[
         Path | None, typer.Option("--save-model", metavar="DIR", help="Keep the judged arm's model of seed 0.")
     ] = None,
+    track: Track = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     output: Output = None,
@@ -106,6 +108,7 @@ def trial(
     from headscale.api import Loading
     from headscale.arms import Plan, run_trial
     from headscale.distributed import launched
+    from headscale.interop.tracking import check_backend
     from headscale.render import TRIAL_COLUMNS, show, write_document
     from headscale.trials import Bench, TextSource, lean, negatives_of, planned
 
@@ -116,6 +119,8 @@ def trial(
         head_lr_multiplier=head_lr_multiplier, reference=reference, seeds=seeds, control=control,
         stop_early=not full_length,
     )  # fmt: skip
+    if track is not None:
+        check_backend(track)
     # Up to here nothing is loaded: what cannot be taken has been refused.
     training = training.replace(negatives=negatives_of(recipe, negatives, source))
     keeping = None if save_model is None else _keeping(save_model, mode if scale != "none" else "none", voice)
@@ -123,7 +128,7 @@ def trial(
     with launched(device) as team, _said_once(team):
         _announce(training, voice, team.size)
         results = run_trial(
-            backbone, replace(plan, training=training), source, run_folder, bench=Bench(voice.note, team=team),
+            backbone, replace(plan, training=training), source, run_folder, bench=Bench(voice.note, team=team, track=track),
             loading=loading, watch=lambda arm, seed: _steps_shown(voice, f"{arm}, seed {seed}", training.steps),
             on_trained=keeping, force=force,
         )  # fmt: skip
@@ -172,6 +177,7 @@ def sweep(
     pairs: PairFile = None,
     test_pairs: TestPairs = None,
     candidates: Candidates = 500,
+    track: Track = None,
     trust_remote_code: Trust = False,
     output: Output = None,
     run_folder: Run = RUN_FOLDER,
@@ -192,6 +198,7 @@ def sweep(
     voice = begin(f"a sweep over {', '.join(backbones)}", quiet, debug, run_folder)
     from headscale import grid
     from headscale.cluster import RayCluster, require_ray
+    from headscale.interop.tracking import check_backend, track_cell
     from headscale.live import Logs
     from headscale.render import SWEEP_COLUMNS, show, write_document
     from headscale.trials import Bench, TextSource, calibrated, configuration_of, negatives_of, planned
@@ -205,6 +212,8 @@ def sweep(
         lrs=tuple(_constant(value, "--lrs") for value in _listed(lrs)),
     )  # fmt: skip
     axes.check()
+    if track is not None:
+        check_backend(track)
     if ray is not None:
         if workers:
             raise UsageError("`--ray` and `--workers` exclude each other", "the cluster decides how many cells run")
@@ -244,6 +253,8 @@ def sweep(
             if outcome.status != "done":
                 failures += 1
                 voice.error(HeadscaleError(outcome.message, outcome.hint), outcome.configuration["backbone"])
+            elif track is not None:
+                track_cell(track, grid.folder_of(outcome.configuration, run_folder))
             bar(done, todo, f"{failures} failed" if failures else "")
     rows = [grid.row_of(one, run_folder) for one in plan]
     if as_json:
