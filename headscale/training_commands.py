@@ -128,8 +128,9 @@ def trial(
     with launched(device) as team, _said_once(team):
         _announce(training, voice, team.size)
         results = run_trial(
-            backbone, replace(plan, training=training), source, run_folder, bench=Bench(voice.note, team=team, track=track),
-            loading=loading, watch=lambda arm, seed: _steps_shown(voice, f"{arm}, seed {seed}", training.steps),
+            backbone, replace(plan, training=training), source, run_folder,
+            bench=Bench(voice.note, team=team, track=track), loading=loading,
+            watch=lambda arm, seed: _steps_shown(voice, f"{arm}, seed {seed}", training.steps),
             on_trained=keeping, force=force,
         )  # fmt: skip
     if not team.is_first:  # the first one's exit code counts; a launcher would end it where another left with one
