@@ -186,18 +186,14 @@ class _Found:
     environments: list[dict[str, Any]] = field(default_factory=list)
 
     def folder(self, path: Path, allow_empty: bool) -> None:
-        before = self._count()
-        for folder in sorted({f.parent for name in (CELL, STEPS) for f in path.rglob(name)}):
+        folders = sorted({file.parent for name in (CELL, STEPS) for file in path.rglob(name)})
+        if not folders and not allow_empty:
+            raise NotFoundError(f"no result below `{path}`", hint=_HINT)
+        for folder in folders:
             try:
                 self.cell(folder / CELL)
             except HeadscaleError as error:
                 self.unreadable[str(folder)] = error.message
-        if self._count() == before and not allow_empty:
-            raise NotFoundError(f"no result below `{path}`", hint=_HINT)
-
-    def _count(self) -> int:
-        kinds = (self.inspections, self.calibrations, self.trainings, self.evaluations, self.unreadable)
-        return sum(len(k) for k in kinds)
 
     def cell(self, file: Path) -> None:
         if not file.is_file():

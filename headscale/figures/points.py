@@ -58,7 +58,7 @@ def draw_points(ax: Axes, data: DataFrame, x: str) -> dict[str, str]:
         held = own[own["low"].notna()]
         if len(held):
             errors = [(held["value"] - held["low"]).clip(lower=0), (held["high"] - held["value"]).clip(lower=0)]
-            ax.errorbar(held[x], held["value"], yerr=errors, fmt="none", ecolor=chosen[name], elinewidth=0.9,
+            ax.errorbar(held[x], held["value"], yerr=errors, fmt="none", color=chosen[name], elinewidth=0.9,
                         capsize=2, alpha=0.8, zorder=2)  # fmt: skip
         _markers(ax, own, x, chosen[name], 6.0)
     return chosen

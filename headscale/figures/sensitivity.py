@@ -116,7 +116,7 @@ def _panel(ax: Axes, data: DataFrame, name: str, targets: Sequence[float]) -> No
     ax.plot(line["scale"], line["value"], color=colour, linewidth=1.3, alpha=0.7)
     held = points[points["low"].notna()]
     ax.errorbar(held["scale"], held["value"], yerr=[(held["value"] - held["low"]).clip(lower=0),
-                (held["high"] - held["value"]).clip(lower=0)], fmt="none", ecolor=colour, elinewidth=0.9, capsize=2.5,
+                (held["high"] - held["value"]).clip(lower=0)], fmt="none", color=colour, elinewidth=0.9, capsize=2.5,
                 alpha=0.8)  # fmt: skip
     seeds = data[(data["kind"] == "seed") & data["value"].notna()]
     keys: Any
