@@ -1,7 +1,7 @@
 """Calibrate a backbone, then train it as a SPLADE encoder with sentence-transformers, watched by headscale.
 
     python examples/sentence_transformers_training.py                # the bundled failing backbone, calibrated
-    python examples/sentence_transformers_training.py --untouched    # as it is: the callback stops the run
+    python examples/sentence_transformers_training.py --untouched    # as it is: the callback stops it (exit 10)
     python examples/sentence_transformers_training.py --backbone answerdotai/ModernBERT-base \\
         --reference bert-base-uncased --steps 5625 --lr 2e-5 --batch-size 16 --length 256
 
@@ -26,6 +26,7 @@ from headscale.interop.callback import HeadscaleCallback
 from headscale.texts import builtin_pairs
 
 PACKAGES = ("stdlib", "numpy", "pandas", "scipy")  # whose docstrings are the texts
+STOPPED = 10  # exit code of a run that the callback has ended
 HEAD = r"(decoder\.weight|decoder\.bias|predictions\.bias)$"  # the untied head of BERT, ModernBERT and their likes
 
 
@@ -115,7 +116,7 @@ def main() -> None:
     # 6. What came of it, on held-out pairs, with their own evaluator.
     if len(watch.steps) < given.steps:
         print("stopped: such a run is not worth its remaining steps")
-        sys.exit(1)
+        sys.exit(STOPPED)
     test = builtin_pairs("test", packages=PACKAGES)[:500]
     evaluator = SparseInformationRetrievalEvaluator(
         queries={str(i): pair.query for i, pair in enumerate(test)},
