@@ -16,8 +16,8 @@ from headscale.pooling import max_logits, splade_pool
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_head, "BLOCK_TERMS", 64)
-    monkeypatch.setattr(triton_head, "BLOCK_TOKENS", 16)
+    for size, blocks in triton_head.BLOCKS.items():
+        monkeypatch.setitem(triton_head.BLOCKS, size, blocks._replace(terms=64, tokens=16))
 
 
 def make(dtype: torch.dtype = torch.float32, shift: float = -1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

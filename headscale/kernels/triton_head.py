@@ -1,11 +1,14 @@
 """The pooled head on a GPU: maximum and position in the matmul's epilogue, gradients without atomics.
 
-Checked in Triton's interpreter; block sizes are a plain choice, not tuned on a device.
+Compiled for several GPUs and checked in Triton's interpreter; block sizes follow from registers and shared memory as
+the compiler reports them, and are not tuned on a device (`benchmarks/gpu.py --tune` tries others).
 """
 # mypy: ignore-errors
 # (the kernels are Triton's language inside Python's syntax, and Triton is absent where there is no GPU)
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,58 +17,71 @@ from torch import Tensor
 
 from headscale.kernels.tiled import Packing, accumulator, position_dtype
 
-BLOCK_TERMS = 128
-BLOCK_TOKENS = 128
-BLOCK_WIDTH = {2: 64, 4: 32}  # by bytes per element: both fill two 128-byte cache lines
+
+class Blocks(NamedTuple):
+    """What one program of the maximum works on."""
+
+    terms: int
+    tokens: int
+    width: int  # 128 bytes of a row: a line of the cache
+    warps: int
+    stages: int
+
+
+# By bytes per element. Two programs then fit a Hopper multiprocessor (255 registers for 128 threads, 96 KB of shared
+# memory), so that one multiplies while the other takes its maximum; 64 KB on the GPUs before it.
+BLOCKS = {2: Blocks(128, 128, 64, 4, 3), 4: Blocks(128, 64, 32, 4, 3)}
 BLOCK_ENTRIES = 32
+LAST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _max_kernel(
     tokens, weight, bias, starts, lengths, values, winners,
     vocab, width, token_stride, weight_stride, column_stride,
-    has_bias: tl.constexpr, block_terms: tl.constexpr, block_tokens: tl.constexpr, block_width: tl.constexpr,
+    has_bias: tl.constexpr, even_width: tl.constexpr,
+    block_terms: tl.constexpr, block_tokens: tl.constexpr, block_width: tl.constexpr,
 ):  # fmt: skip
     # Texts vary fastest, so that the programs sharing a tile of the weight run together.
     text = tl.program_id(0)
-    terms = tl.program_id(1).to(tl.int64) * block_terms + tl.arange(0, block_terms)
+    terms = tl.program_id(1) * block_terms + tl.arange(0, block_terms)
     columns = tl.arange(0, block_width)
     start = tl.load(starts + text)
-    length = tl.load(lengths + text)
+    length = tl.load(lengths + text).to(tl.int32)
     best = tl.full([block_terms], float("-inf"), tl.float32)
     where = tl.zeros([block_terms], tl.int32)
-    poisoned = tl.zeros([block_terms], tl.int32)
-    shift = tl.zeros([block_terms], tl.float32)
-    if has_bias:
-        shift = tl.load(bias + terms, mask=terms < vocab, other=0.0).to(tl.float32)
+    # Rows past the end are the last one again, so that no load and no maximum needs a mask. Offsets need 64 bits.
+    weight_rows = weight + tl.minimum(terms, vocab - 1).to(tl.int64)[:, None] * weight_stride
     for first in range(0, length, block_tokens):
         place = first + tl.arange(0, block_tokens)
-        rows = (start + place).to(tl.int64)
+        rows = start + tl.minimum(place, length - 1)
+        token_rows = tokens + rows.to(tl.int64)[None, :] * token_stride
         logits = tl.zeros([block_terms, block_tokens], tl.float32)
         for low in range(0, width, block_width):
             at = low + columns
-            w = tl.load(
-                weight + terms[:, None] * weight_stride + at[None, :] * column_stride,
-                mask=(terms < vocab)[:, None] & (at < width)[None, :],
-                other=0.0,
-            )
-            h = tl.load(
-                tokens + rows[None, :] * token_stride + at[:, None],
-                mask=(place < length)[None, :] & (at < width)[:, None],
-                other=0.0,
-            )
+            if even_width:
+                w = tl.load(weight_rows + at[None, :] * column_stride)
+                h = tl.load(token_rows + at[:, None])
+            else:
+                w = tl.load(weight_rows + at[None, :] * column_stride, mask=(at < width)[None, :], other=0.0)
+                h = tl.load(token_rows + at[:, None], mask=(at < width)[:, None], other=0.0)
             logits = tl.dot(w, h, logits, input_precision="ieee")
-        logits += shift[:, None]
-        allowed = (place < length)[None, :]
-        nan = logits != logits  # maxima on a GPU ignore NaN: carry it beside them, at its first position
-        key = tl.where(nan, float("inf"), logits)
-        key = tl.where(allowed, key, float("-inf"))
-        block_best, block_where = tl.max(key, 1, return_indices=True)
-        better = block_best > best
+        block_best = tl.reduce(logits, 1, _larger)
+        block_where = tl.min(tl.where(logits == block_best[:, None], place[None, :], LAST), 1)
+        poisoned = block_best != block_best
+        if tl.max(poisoned.to(tl.int32), 0) > 0:
+            first_nan = tl.min(tl.where(logits != logits, place[None, :], LAST), 1)
+            block_where = tl.where(poisoned, first_nan, block_where)
+        better = (block_best > best) | (poisoned & (best == best))
         best = tl.where(better, block_best, best)
-        where = tl.where(better, first + block_where, where)
-        poisoned = tl.maximum(poisoned, tl.max((nan & allowed).to(tl.int32), 1))
-    best = tl.where(poisoned > 0, float("nan"), best)
+        where = tl.where(better, tl.minimum(block_where, length - 1), where)
+    if has_bias:  # it commutes with the maximum in float32
+        best += tl.load(bias + terms, mask=terms < vocab, other=0.0).to(tl.float32)
     out = text.to(tl.int64) * vocab + terms
     tl.store(values + out, best, mask=terms < vocab)
     tl.store(winners + out, where.to(winners.dtype.element_ty), mask=terms < vocab)
@@ -98,18 +114,20 @@ def fused_max(packing: Packing, weight: Tensor, bias: Tensor | None) -> tuple[Te
     """The same contract as `tiled.tiled_max`, for float32, float16 and bfloat16, in one kernel."""
     tokens = packing.tokens
     texts, (vocab, width) = len(packing.lengths), weight.shape
-    longest = max((segment.length for segment in packing.segments), default=0)
     values = torch.empty((texts, vocab), dtype=accumulator(tokens.dtype), device=tokens.device)
     winners = torch.empty_like(values, dtype=position_dtype(packing))
     weight = weight.to(tokens.dtype)
+    longest = max((segment.length for segment in packing.segments), default=0)
+    blocks = BLOCKS[tokens.element_size()]
     if texts and vocab:
-        block_tokens = min(BLOCK_TOKENS, max(16, triton.next_power_of_2(longest)))
-        _max_kernel[(texts, triton.cdiv(vocab, BLOCK_TERMS))](
-            tokens, weight, bias, packing.starts, packing.lengths, values, winners,
-            vocab, width, tokens.stride(0), weight.stride(0), weight.stride(1),
-            has_bias=bias is not None, block_terms=BLOCK_TERMS, block_tokens=block_tokens,
-            block_width=BLOCK_WIDTH[tokens.element_size()], num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(tokens):  # Triton launches on the current device
+            _max_kernel[(texts, triton.cdiv(vocab, blocks.terms))](
+                tokens, weight, None if bias is None else bias.contiguous(), packing.starts, packing.lengths,
+                values, winners, vocab, width, tokens.stride(0), weight.stride(0), weight.stride(1),
+                has_bias=bias is not None, even_width=width % blocks.width == 0, block_terms=blocks.terms,
+                block_tokens=min(blocks.tokens, max(16, triton.next_power_of_2(longest))),
+                block_width=blocks.width, num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
     return values, winners
 
 
@@ -117,7 +135,7 @@ def bag_sums(table: Tensor, indices: Tensor, offsets: Tensor, factors: Tensor) -
     """Per bag, the float32 sum of factor times table row, in the order of the indices.
 
     Args:
-        table: (rows, d), rows contiguous.
+        table: (rows, d) of any dtype.
         indices: (entries,) row of the table.
         offsets: (bags + 1,) first entry of each bag, and the end.
         factors: (entries,) float32.
@@ -128,9 +146,11 @@ def bag_sums(table: Tensor, indices: Tensor, offsets: Tensor, factors: Tensor) -
     bags, width = len(offsets) - 1, table.shape[1]
     out = torch.empty((bags, width), dtype=torch.float32, device=table.device)
     block_width = min(256, triton.next_power_of_2(width))
+    table = table if table.stride(1) == 1 else table.contiguous()
     if bags:
-        _bag_kernel[(bags, triton.cdiv(width, block_width))](
-            table, indices, offsets, factors, out, width, table.stride(0),
-            block_entries=BLOCK_ENTRIES, block_width=block_width,
-        )  # fmt: skip
+        with torch.cuda.device_of(table):
+            _bag_kernel[(bags, triton.cdiv(width, block_width))](
+                table, indices.contiguous(), offsets, factors.contiguous(), out, width, table.stride(0),
+                block_entries=BLOCK_ENTRIES, block_width=block_width,
+            )  # fmt: skip
     return out
