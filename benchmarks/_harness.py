@@ -70,6 +70,45 @@ def interleaved(
     return {name: Timing(name, tuple(seconds)) for name, seconds in taken.items()}
 
 
+@dataclass(frozen=True)
+class Process:
+    """What one whole process took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def run_process(command: Sequence[str]) -> Process:
+    """Run a command to its end, output thrown away (Unix).
+
+    The peak counts what this process held when it started the other one: keep this one small.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    begin = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - begin
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"exit {child.returncode}: {' '.join(command)}")
+    return Process(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def interleaved_processes(commands: Mapping[str, Sequence[str]], *, rounds: int = 5) -> dict[str, list[Process]]:
+    """Run every command once a round, in turning order, after one round that does not count."""
+    taken: dict[str, list[Process]] = {name: [] for name in commands}
+    for turn in range(-1, rounds):
+        names = list(commands) if turn % 2 == 0 else list(commands)[::-1]
+        for name in names:
+            found = run_process(commands[name])
+            if turn >= 0:
+                taken[name].append(found)
+    return taken
+
+
 class PeakMemory:
     """`with PeakMemory() as peak: ...` then `peak.bytes`: growth of the resident set to its highest (Linux)."""
 

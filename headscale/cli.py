@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo
 
-from headscale import __version__, measuring_commands, report_commands, training_commands
+from headscale import __version__, encoding_commands, measuring_commands, report_commands, training_commands
 from headscale.errors import HeadscaleError, UsageError
 from headscale.options import Debug, Json, Quiet
 from headscale.render import Voice
@@ -21,6 +23,7 @@ from headscale.shell import app, begin, state
 __all__ = [
     "app",
     "main",
+    "encoding_commands",
     "measuring_commands",
     "report_commands",
     "run",
@@ -38,7 +41,7 @@ def run(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     state.update(debug=False, saved=None, silent=False, command=arguments[0] if "--json" in arguments else None)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = _program(arguments)(args=arguments, standalone_mode=False)
     except typer.BadParameter as error:
         return _fail(UsageError(error.format_message().rstrip(".").replace("'", "`"), "see `headscale --help`"))
     except typer.Abort:
@@ -56,6 +59,18 @@ def run(arguments: list[str] | None = None) -> int:
     if code == 130:
         return _interrupted()
     return int(code or 0)
+
+
+def _program(arguments: list[str]) -> typer.Typer:
+    """The program, with the one command that is called where one is: building all of them takes as long as some run."""
+    called = [c for c in app.registered_commands if c.callback is not None and _name(c) in arguments[:1]]
+    program = copy(app)
+    program.registered_commands = called or app.registered_commands
+    return program
+
+
+def _name(command: CommandInfo) -> str:
+    return command.name or getattr(command.callback, "__name__", "").replace("_", "-")
 
 
 def _fail(error: HeadscaleError) -> int:

@@ -66,7 +66,11 @@ def launched_rank() -> int:
 
 
 def _version(name: str) -> str | None:
+    """From the first lines of the metadata: parsing all of it, as `metadata.version` does, takes 4 ms a package."""
     try:
-        return metadata.version(name)
+        text = metadata.distribution(name).read_text("METADATA") or ""
     except metadata.PackageNotFoundError:
         return None
+    headers = text.partition("\n\n")[0].splitlines()
+    stated = next((line for line in headers if line.startswith("Version:")), "")
+    return stated.removeprefix("Version:").strip() or metadata.version(name)
