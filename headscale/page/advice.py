@@ -82,11 +82,23 @@ def applications(results: Results) -> tuple[Application, ...]:
     """How to use each constant that was chosen or that trained best; none where nothing was rescaled."""
     arms = {name: best_arm([a for a in groups[0] if not a.untouched]) for name, groups in arms_of(results).items()}
     lr = next((float(t.training["lr"]) for t in results.trainings if t.training.get("lr")), USUAL_LR)
-    found = {one.name: _of_calibration(one, lr) for one in results.calibrations if one.scale not in (None, 1.0)}
+    changed = [one for one in results.calibrations if one.scale is not None and (one.scale != 1 or one.shift)]
+    found = {one.name: _of_calibration(one, lr) for one in changed}
     for name, arm in arms.items():
-        if arm is not None and name not in found and arm.training["scale"] != 1 and name not in results.references:
+        if arm is not None and name not in found and name not in results.references and _changes(arm.training):
             found[name] = _of_training(name, arm, results)
     return tuple(found.values())
+
+
+def _changes(training: dict[str, Any]) -> bool:
+    return bool(training["scale"] != 1 or training.get("shift"))
+
+
+def _change(scale: float, shift: float) -> str:
+    """What is done to the head, in words."""
+    steps = [f"add {shift:.4g} to the vocabulary bias"] if shift else []
+    steps += [f"multiply the head by {ratio_text(scale)}"] if scale != 1 or not shift else []
+    return ", then ".join(steps)
 
 
 def _of_calibration(one: Calibration, lr: float) -> Application:
@@ -102,7 +114,7 @@ def _of_calibration(one: Calibration, lr: float) -> Application:
             f"Lambda no longer means what it did: multiply it by {lambdas.query:.3g} for queries and by "
             f"{lambdas.document:.3g} for documents to start from the same regularization."
         )
-    choice = f"multiply the head by {ratio_text(one.scale or 1.0)}, found by the target `{one.match}`"
+    choice = f"{_change(one.scale or 1.0, one.shift)}, found by the target `{one.match}`"
     return _application(one.name, choice, calibrate_line(one, directory), directory, multiplier, lr, head, advice)
 
 
@@ -116,7 +128,7 @@ def _of_training(name: str, arm: Arm, results: Results) -> Application:
         mode=mode if mode in ("untie", "fold") else None, no_scale_bias=not training.get("scale_bias", True),
         save=directory,
     )  # fmt: skip
-    choice = f"multiply the head by {ratio_text(scale)}, which ranked best of the constants trained"
+    choice = f"{_change(scale, float(training.get('shift', 0.0)))}, which ranked best of what was trained"
     advice = [
         "Lambda no longer means what it did at the untouched scale: take the one of this training "
         f"({training['lambda_query']:g} for queries, {training['lambda_document']:g} for documents) or what "

@@ -111,6 +111,7 @@ def calibrate_line(one: Calibration, save: str | None = None) -> str:
         "no_snap": not one.snapped and one.match != "constant",
         "no_scale_bias": not one.scale_bias,
         "shift": one.shift != 0,
+        "no_shift": one.shift == 0 and one.match_reason != "as asked",  # unasked, `auto` shifts what is too dense
         "head_lr_multiplier": None if one.head_lr_multiplier == usual_multiplier else one.head_lr_multiplier,
         "revision": _revision(one.revision, one.name),
         **text_options(one.texts),
@@ -157,7 +158,7 @@ def evaluate_line(one: Evaluation) -> str:
 class _Asked:
     """What several trainings share: what a user would type for all of them."""
 
-    options: str
+    options: tuple[tuple[str, Any], ...]
     early: bool  # whether they end once the verdict is certain, as those of `trial` do unasked
     base: TrainingConfig  # the training without what an arm and a seed change
 
@@ -207,7 +208,7 @@ def _asked(one: Configuration) -> _Asked | None:
         "candidates": None if source.candidates == TextSource().candidates else source.candidates,
         "revision": one["revision"], "trust_remote_code": one["trust_remote_code"],
     }  # fmt: skip
-    return _Asked(line(**options), one["stop_early"] is not None, base)
+    return _Asked(tuple(options.items()), one["stop_early"] is not None, base)
 
 
 def _by_recipe(name: str, base: TrainingConfig) -> dict[str, Any] | None:
@@ -238,7 +239,7 @@ def _asking(asked: _Asked, backbones: dict[str, list[TrainingConfig]]) -> list[s
         grids.setdefault(frozenset(trainings), []).append(name)
     lines = []
     for members, names in grids.items():
-        swept = None if asked.early or "--revision" in asked.options else _sweep(members, asked, names)
+        swept = None if asked.early or dict(asked.options)["revision"] else _sweep(members, asked, names)
         lines += [swept] if swept else [command for name in names for command in _trials(members, asked, name)]
     return lines
 
@@ -256,13 +257,14 @@ def _sweep(members: frozenset[TrainingConfig], asked: _Asked, names: Sequence[st
     if frozenset(axes.trainings(asked.base)) != members:
         return None
     listed = ",".join("none" if scale is None else _exact(scale) for scale in scales)
+    others = {"lrs" if name == "lr" else name: value for name, value in asked.options}
     options = {
         "scales": listed,
         "modes": None if modes == ("untie",) else ",".join(modes),
         "head_lr_multipliers": None if multipliers == (1.0,) else ",".join(f"{m:g}" for m in multipliers),
         "seeds": None if len(seeds) == 1 else len(seeds),
     }
-    return f"{line('headscale', 'sweep', *names, **options)} {asked.options}".rstrip()
+    return line("headscale", "sweep", *names, **options, **others)
 
 
 def _trials(members: frozenset[TrainingConfig], asked: _Asked, name: str) -> list[str]:
@@ -281,7 +283,7 @@ def _trials(members: frozenset[TrainingConfig], asked: _Asked, name: str) -> lis
             own |= {"shift": getattr(arm, "shift", 0.0) or None}
             own |= {"no_control": untouched is None or bool(lines)}
         own |= {"seeds": 1 + max(seeds) if max(seeds) else None, "full_length": not asked.early}
-        lines.append(f"{line('headscale', 'trial', name, **own)} {asked.options}".rstrip())
+        lines.append(line("headscale", "trial", name, **own, **dict(asked.options)))
     return lines
 
 

@@ -89,7 +89,7 @@ def training_row(one: Training) -> SweepRow:
     training = one.training
     names = ("scale", "mode", "head_lr_multiplier", "lr", "temperature", "lambda_query", "lambda_document",
              "warmup_ratio", "seed")  # fmt: skip
-    row: dict[str, Any] = {name: training.get(name) for name in names}
+    row: dict[str, Any] = {name: training.get(name) for name in names} | {"shift": training.get("shift", 0.0)}
     return SweepRow(
         backbone=one.backbone,
         revision=one.configuration.get("revision"),

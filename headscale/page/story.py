@@ -39,7 +39,9 @@ class Arm:
             return "untouched"
         learning = self.training.get("head_lr_multiplier", 1.0)
         extra = f" with {learning:g} times the learning rate on the head" if learning != 1 else ""
-        return f"multiplied by {ratio_text(self.training['scale'])} before training{extra}"
+        shift = self.training.get("shift") or 0.0
+        shifted = f"its bias shifted by {shift:.3g} and " if shift else ""
+        return f"{shifted}multiplied by {ratio_text(self.training['scale'])} before training{extra}"
 
     @property
     def words(self) -> list[str]:
@@ -196,9 +198,12 @@ def calibrated_sentence(one: Calibration) -> str:
     before = one.before.loss_over_ln_n
     after = None if one.after is None else one.after.loss_over_ln_n
     moved = "" if after is None else f": the loss at step 0 goes from {before:.3g} to {after:.3g} x ln N"
-    if one.scale == 1:
+    if one.scale == 1 and not one.shift:
         return f"{name} needs no constant: the loss at step 0 is {before:.3g} x ln N."
-    return f"{name} is to be multiplied by {ratio_text(one.scale)}, by the target `{one.match}`{moved}."
+    shifted = f"its bias is to be shifted by {one.shift:.3g} and " if one.shift else ""
+    told = f"{shifted}it is to be" if shifted else "is to be"
+    link = ": " if shifted else " "
+    return f"{name}{link}{told} multiplied by {ratio_text(one.scale)}, by the target `{one.match}`{moved}."
 
 
 def inspected_sentence(one: Inspection) -> str:
