@@ -22,8 +22,8 @@ from headscale.shell import app, begin, state
 
 __all__ = [
     "app",
-    "main",
     "encoding_commands",
+    "main",
     "measuring_commands",
     "report_commands",
     "run",

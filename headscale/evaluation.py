@@ -172,7 +172,7 @@ def _evaluated(
     from headscale.deployment import interactions, planned
     from headscale.search import search_rounded
 
-    setup, cut = _fitting(backbone, setup)
+    setup, cut = fitting(backbone, setup)
     plan = planned(backbone, collection, setup)
     warnings = [*cut, *backbone.warnings, *_remarks(collection)]
     bm25 = _bm25(collection, setup, warnings) if setup.bm25 else None
@@ -295,7 +295,8 @@ def longest(backbone: Backbone) -> int | None:
     return min(known, default=None)
 
 
-def _fitting(backbone: Backbone, setup: Setup) -> tuple[Setup, list[str]]:
+def fitting(backbone: Backbone, setup: Setup) -> tuple[Setup, list[str]]:
+    """Lengths that the model takes, and what to say where they are not those asked for."""
     limit = longest(backbone)
     if limit is None or max(setup.query_length, setup.document_length) <= limit:
         return setup, []

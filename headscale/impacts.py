@@ -59,6 +59,18 @@ def roundings(text: str) -> tuple[Rounding, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def one_rounding(text: str) -> Rounding | None:
+    """A single rounding; None for an empty text.
+
+    Raises:
+        UsageError: something else, or several.
+    """
+    found = roundings(text)
+    if len(found) > 1:
+        raise UsageError(f"`--quantize {text}` asks for {len(found)} roundings of one set of files", "choose one")
+    return found[0] if found else None
+
+
 @dataclass
 class Rounded:
     """Rounds one side's vectors block by block, and counts what is lost.

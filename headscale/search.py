@@ -184,6 +184,24 @@ def _sparse(reps: Array) -> Any:
     return csr_array((reps[rows, terms].astype(np.float64), terms.astype(np.int32), starts), shape=reps.shape)
 
 
+def encode_documents(
+    encoder: SpladeEncoder,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int,
+    shards: Shards | None = None,
+    on_text: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Positions, Any]]:
+    """Representations in blocks that are worth a product, those on disk first and then what is missing.
+
+    Arguments are those of `encode`; `shards` keeps the blocks as they pass.
+    """
+    start = 0 if shards is None else shards.done
+    encoded = encode(encoder, texts, max_length=max_length, batch_size=batch_size, on_text=on_text, start=start)
+    return _blocks(encoded) if shards is None else shards.keeping(_blocks(encoded), on_text)
+
+
 def _blocks(encoded: Iterable[tuple[Positions, Any]]) -> Iterator[tuple[Positions, Any]]:
     """Batches joined to blocks that are worth a product, their positions ascending."""
     held: list[tuple[Positions, Any]] = []
@@ -373,15 +391,13 @@ def search_rounded(
 
     terms = encoder.head.vocab_size
     if query_encoder is None:
-        queries = _queries(encoder, collection, query_length, batch_size, step)
+        queries = encode_queries(encoder, collection, query_length, batch_size, step)
     else:
         queries = query_encoder.encode(collection.queries, query_length)
     shards = None if folder is None else Shards(folder, encoding_order(documents), terms)
-    encoded = encode(
-        encoder, documents, max_length=document_length, batch_size=batch_size, on_text=step,
-        start=0 if shards is None else shards.done,
-    )  # fmt: skip
-    blocks = _blocks(encoded) if shards is None else shards.keeping(_blocks(encoded), step)
+    blocks = encode_documents(
+        encoder, documents, max_length=document_length, batch_size=batch_size, shards=shards, on_text=step
+    )
     found = [rank(queries, blocks, collection, terms)]
     if roundings:
         if shards is None or not shards.complete:
@@ -422,7 +438,7 @@ def _rounded(
     return replace(found, impacts=impacts_of(rounding, asked, told))
 
 
-def _queries(
+def encode_queries(
     encoder: SpladeEncoder, collection: Collection, length: int, batch_size: int, on_text: Callable[[int], None]
 ) -> Any:
     """All queries in their own order as one matrix (queries, terms)."""
