@@ -280,8 +280,11 @@ def write(
         overwrite: replace a checkpoint that is there.
     """
     from headscale.apply import Change, save_rescaled
+    from headscale.rescaling import can_fold
 
     assert calibration.scale is not None
+    if mode == "auto" and calibration.scale == 1 and can_fold(backbone.head):
+        mode = "fold"  # nothing is multiplied, so no projection of the head's own is needed
     change = Change(calibration.scale, mode, calibration.scale_bias, calibration.shift)
     return save_rescaled(backbone, target, change, metadata=_metadata(calibration, change), overwrite=overwrite)
 

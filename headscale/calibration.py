@@ -356,7 +356,7 @@ def advice(scale: float, head_lr_multiplier: float, head: Head, *, shift: float 
     steps += [f"multiply the MLM head by {ratio_text(scale)}"] if scale != 1 or not shift else []
     lines = [f"{', then '.join(steps)} before training; `--save DIR` writes that checkpoint"]
     if head_lr_multiplier == 1.0:
-        return [*lines, "train the untied head at the encoder's learning rate"]
+        return [*lines, "train the head at the encoder's learning rate"]
     # Untied, a bias with two names is live under the one that goes with the matrix.
     biases = () if head.bias is None else (head.bias, f"{head.matrix[0].removesuffix('.weight')}.bias")
     names = "|".join(name.replace(".", r"\.") for name in dict.fromkeys((*head.matrix, *biases)))

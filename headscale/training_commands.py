@@ -232,7 +232,7 @@ def sweep(
             auto = None
             if "auto" in wanted:
                 with voice.progress(f"calibrating {name}") as bar:
-                    auto = calibrated(name, bench, corpus, training, reference, on_batch=bar).scale
+                    auto = calibrated(name, bench, corpus, training, reference, bar, shift=False).scale
             values = {"auto": auto, "none": None}
             return tuple(values[w] if isinstance(w, str) else w for w in wanted)
 

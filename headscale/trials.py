@@ -480,8 +480,10 @@ def calibrated(
     training: TrainingConfig,
     reference: str,
     on_batch: Callable[[int, int], None] | None = None,
+    *,
+    shift: bool | None = None,
 ) -> Calibration:
-    """The constant that `calibrate` would choose, on texts cut as the training cuts them.
+    """What `calibrate` would choose, on texts cut as the training cuts them.
 
     Args:
         name: of the backbone.
@@ -490,6 +492,7 @@ def calibrated(
         training: gives the lengths.
         reference: the backbone or profile to match.
         on_batch: called with (batches done, batches in all).
+        shift: whether the bias may be moved too, as in `Choice`.
 
     Raises:
         HeadscaleError: no constant is within reach.
@@ -497,13 +500,13 @@ def calibrated(
     from headscale.activations import CANDIDATES as BATCH
     from headscale.activations import Encoding
     from headscale.api import Loading, find_reference
-    from headscale.calibration import choose
+    from headscale.calibration import Choice, choose
     from headscale.inspection import BUILT_IN_PAIRS, measure, texts_of
 
     pairs = (corpus.dev or corpus.train)[:BUILT_IN_PAIRS]
     texts = texts_of(pairs, "trial", Encoding(training.query_length, training.document_length, BATCH))
     found = find_reference(reference, texts, Loading(tell=bench.tell, on_batch=on_batch))
-    calibration = choose(measure(bench.backbone(name), texts, on_batch=on_batch), found)
+    calibration = choose(measure(bench.backbone(name), texts, on_batch=on_batch), found, Choice(shift=shift))
     if calibration.scale is None:
         raise HeadscaleError(
             f"no constant is within reach for `{name}`: {calibration.verdict.evidence}",

@@ -548,7 +548,7 @@ def test_after_is_what_the_written_model_will_show(scale_bias: bool, large: Meas
 
 def test_advice_names_the_parameters_and_their_rate(large: Measured) -> None:
     head = large.inspection.head
-    assert advice(1 / 16, 1.0, head)[1] == "train the untied head at the encoder's learning rate"
+    assert advice(1 / 16, 1.0, head)[1] == "train the head at the encoder's learning rate"
     lines = advice(1 / 16, 4.0, head)
     assert lines[1] == "train the untied head at 4 x the encoder's learning rate LR"
     import re
