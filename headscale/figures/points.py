@@ -156,7 +156,7 @@ def intervals_key(data: DataFrame) -> str:
 
 def log_axis(ax: Axes, which: str = "x") -> None:
     """A log axis whose ticks are plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis = ax.xaxis if which == "x" else ax.yaxis
     (ax.set_xscale if which == "x" else ax.set_yscale)("log")
@@ -164,7 +164,7 @@ def log_axis(ax: Axes, which: str = "x") -> None:
     wide = high / max(low, 1e-300) > 300
     axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())  # minor ticks take half the time of a figure and tell nothing
 
 
 def chance(ax: Axes, value: float, where: str = "chance") -> None:
