@@ -119,8 +119,9 @@ def splade_pool_reference(
 def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference", "tiled", "screened", "triton"]:
     """Name the implementation "auto" takes.
 
-    "reference" for few logits; else "triton" on a GPU, in half or single precision, where Triton is installed;
-    else "screened" in float32 on a CPU with bfloat16 products, from the size on at which it pays; else "tiled".
+    "reference" for few logits; else "triton" on a GPU with bfloat16 products, in half or single precision, where
+    Triton is installed; else "screened" in float32 on a CPU with bfloat16 products, from the size on at which it
+    pays; else "tiled".
 
     "screened" is as exact as "tiled": a bfloat16 pass rules out terms that certainly stay inactive, the others
     are computed in float32. It takes "tiled" itself where that rules out too few (`possible_share`), and for
@@ -134,10 +135,14 @@ def choose_implementation(hidden: Tensor, weight: Tensor) -> Literal["reference"
     if logits <= SMALL_LOGITS:
         return "reference"
     dtype = tiled.compute_dtype(hidden, weight)
-    if hidden.is_cuda and dtype != torch.float64 and find_spec("triton"):
+    if hidden.is_cuda and dtype != torch.float64 and find_spec("triton") and _is_recent(hidden.device):
         return "triton"
     exact_on_cpu = hidden.device.type == "cpu" and dtype == torch.float32
     return "screened" if exact_on_cpu and screened.worthwhile(hidden, weight) and screened.available() else "tiled"
+
+
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # bfloat16 products, and a maximum that keeps NaN
 
 
 @torch.no_grad()
@@ -304,7 +309,7 @@ class _PooledHead(torch.autograd.Function):
             values, winners = max_over_tokens(packing, weight, bias)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(hidden, weight, mask, values, winners)
-            ctx.scale = scale
+            ctx.scale, ctx.convert = scale, implementation != "triton"
             ctx.bias_dtype = None if bias is None else bias.dtype
         return _unpacked(values, packing).mul(scale).relu_().log1p_()
 
@@ -313,7 +318,7 @@ class _PooledHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, mask, values, winners = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        packing = tiled.pack(hidden, mask, values.dtype)
+        packing = tiled.pack(hidden, mask, values.dtype if ctx.convert else hidden.dtype)
         slope = _slope(values, ctx.scale, grad if packing.order is None else grad[packing.order])
         by_token, grad_weight = tiled.gradients(
             packing,
@@ -323,6 +328,7 @@ class _PooledHead(torch.autograd.Function):
             need_hidden=need_hidden,
             need_weight=need_weight,
             bag_sums=ctx.bag_sums,
+            convert=ctx.convert,
         )
         grad_hidden = None if by_token is None else _scattered(by_token, packing.source, hidden)
         grad_bias = slope.sum(0).to(ctx.bias_dtype) if need_bias else None

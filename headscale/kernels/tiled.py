@@ -15,7 +15,7 @@ TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 ROW_MULTIPLE = 16  # measured: MKL loses a quarter of its speed on token counts that are no multiple of 16
 # Weight rows whose gradients are summed together; measured on the CPU: flat from 6 to 12 MB, a half slower from
 # 90 MB on, where they leave the cache.
-CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 64 << 20}
 CHUNK_TERMS = {"cpu": 4096, "cuda": 1 << 18}
 DENSE_SHARE = 0.5  # of a chunk: above it, summing zeros too is cheaper than listing the active entries
 
@@ -201,17 +201,19 @@ def gradients(
     need_hidden: bool,
     need_weight: bool,
     bag_sums: BagSums = bag_sums,
+    convert: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the packed tokens and of the weight: sums over the active (text, term) entries alone.
 
     Args:
-        packing: the tokens, in the dtype of `slope`.
+        packing: the tokens, in the dtype of `slope` unless `convert` is off.
         weight: (vocab, d), any dtype and strides.
         winners: (batch, vocab) index of the winner among the text's own tokens, in packed order.
         slope: (batch, vocab) gradient of the maxima, 0 where inactive, in packed order.
         need_hidden: whether the first is wanted.
         need_weight: whether the second is wanted.
         bag_sums: `bag_sums` of this module, or the GPU's.
+        convert: whether `bag_sums` wants its table in the dtype of `slope`.
 
     Returns:
         (packed, d) in the dtype of `slope`, or None; (vocab, d) in the dtype of `weight`, or None.
@@ -219,13 +221,13 @@ def gradients(
     starts = packing.starts.to(torch.int32)[:, None]
     active = slope.any(0).nonzero().squeeze(1)
     every_term = len(active) == len(weight)
-    by_token = torch.zeros_like(packing.tokens) if need_hidden else None
+    by_token = torch.zeros_like(packing.tokens, dtype=slope.dtype) if need_hidden else None
     by_term = (weight.new_empty if every_term else weight.new_zeros)(weight.shape) if need_weight else None
     rows: Tensor | None = None
     for chunk in _chunks(active, weight.shape[1] * slope.element_size(), every_term):
         entries = _Entries(winners[:, chunk] + starts, slope[:, chunk], bag_sums)
         if by_token is not None:
-            rows = _rows(weight[chunk], slope.dtype, rows)
+            rows = _rows(weight[chunk], slope.dtype if convert else weight.dtype, rows)
             by_token += entries.summed_by_token(rows, len(by_token))
         if by_term is not None and isinstance(chunk, slice):
             by_term[chunk].copy_(entries.summed_by_term(packing.tokens))
