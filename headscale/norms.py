@@ -114,7 +114,7 @@ def weight_statistics(
     total = float(row_squares.sum())
     weighted = total if gain is None else float((np.square(gain, dtype=np.float64) * column_squares).sum())
     special, unused = _rows(norms, special_ids), _rows(norms, unused_ids)
-    quantiles = np.percentile(norms, ROW_NORM_QUANTILES)
+    quantiles = np.interp(np.array(ROW_NORM_QUANTILES) / 100 * (rows - 1), np.arange(rows), np.sort(norms))
     return WeightStatistics(
         frobenius=total**0.5,
         rms=(total / (rows * width)) ** 0.5,

@@ -174,6 +174,8 @@ def _punctuation_dropper(drop_mark: Callable[[str], str]) -> Callable[[str], str
 
     def drop(term: str) -> str:
         bare = drop_mark(term)
+        if bare.isalnum():  # most are: no character to look up
+            return term
         kept = [i for i, character in enumerate(bare) if not _is_punctuation(character)]
         return term.removesuffix(bare) + bare[kept[0] : kept[-1] + 1] if kept else term
 
