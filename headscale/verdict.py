@@ -83,7 +83,7 @@ ORIGINS: dict[str, str] = {
     "signature_accuracy": "chance is 1 / N; twice it leaves room for a batch's noise",
     "signature_cosine": "failed runs end at .94 to .97, or empty (reports/study.md); alone it decides nothing",
     "grown_loss": "definition: worse than at the first step and than chance by this factor",
-    "loaded_from": "the loss from which `inspect` calls a head too high; a backbone below it trained (reports/study.md)",
+    "loaded_from": "the loss from which `inspect` calls a head too high (reports/study.md)",
     "statistic": "of five, the best on cells that were not fitted to (reports/study.md)",
     "fails_from": _FITTED,
     "trains_to": _FITTED,
