@@ -55,10 +55,10 @@ class Cell:
 
     @property
     def ordinary(self) -> bool:
-        """Of the recipe as it is: no control, no other learning rate, no other lambda."""
+        """Of the recipe as it is: no control, no other learning rate, no other lambda; a shift is part of the grid."""
         row = self.row
         usual = row.temperature == 1 and row.warmup_ratio == 0.1 and row.lambda_query == LAMBDA and row.lr == LR
-        return usual and self.scale_bias and row.shift == 0 and row.mode in ("untie", "none")
+        return usual and self.scale_bias and row.mode in ("untie", "none")
 
     @property
     def name(self) -> str:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from study_data import Cell, counted, points, short, table
+from study_data import LR, Cell, counted, points, short, table
 
 from headscale.demo import FAILING, REFERENCE
-from headscale.labels import Score, choose, fit, fit_split, score, splits_of, wilson
+from headscale.labels import (
+    FADING,
+    FORECASTS,
+    Score,
+    best_of_groups,
+    choose,
+    fit,
+    fit_split,
+    foretold,
+    group_of,
+    label_of,
+    score,
+    splits_of,
+    wilson,
+)
 from headscale.trials import candidates_of
 from headscale.verdict import RULES, Clock, Rules, judge_run, means
 
@@ -151,7 +166,8 @@ def _scored(found: Score) -> dict[str, Any]:
 
 def judged(cells: Sequence[Cell]) -> dict[str, Any]:
     """Everything that is said of the verdict."""
-    rules = fitted(cells, SHARE, choosing=True)
+    rules = fitted(cells, SHARE, choosing=False)
+    alone = without_shifts(cells)
     seen = [means_at(c, SHARE) for c in cells]
     return {
         "cells": len(cells),
@@ -161,11 +177,53 @@ def judged(cells: Sequence[Cell]) -> dict[str, Any]:
         "splits": [vars(s) for s in splits_of(rules, seen, [c.label for c in cells])],
         "straddling": straddling(cells),
         "nested": {kind: held_out(cells, group, SHARE, choosing=True) for kind, (_, group) in KINDS.items()},
+        "alone": {
+            "cells": len(alone),
+            "failing": sum(c.failed for c in alone),
+            "nested": {kind: held_out(alone, group, SHARE, choosing=True) for kind, (_, group) in KINDS.items()},
+            "by_share": {
+                f"{s:.2f}": held_out(alone, KINDS["by_point"][1], s, choosing=False)["together"] for s in SHARES
+            },
+            "straddling": straddling(alone),
+        },
+        "statistics": {
+            "all": _by_statistics(cells),
+            "without shifts": _by_statistics(alone),
+        },
         "transfer": transfer(cells) if any(c.row.backbone not in (REFERENCE, FAILING) for c in cells) else None,
         "by_share": {f"{s:.2f}": held_out(cells, KINDS["by_point"][1], s, choosing=False)["together"] for s in SHARES},
         "in_sample": _scored(score([(c.label, verdict(c, rules, SHARE)) for c in cells])),
         "settled": {f"{s:.2f}": settled(cells, s) for s in (0.3, 0.5, 0.75, 1.0)},
     }
+
+
+def without_shifts(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose bias was not moved, labelled against the best of them."""
+    own = [c for c in cells if not c.row.shift]
+    best = best_of_groups([c.row for c in own], fallback_lr=LR)
+    labels = [label_of(c.row, best[group_of(c.row)]) for c in own]
+    return [replace(c, label=one.word, relative=one.relative) for c, one in zip(own, labels, strict=True)]
+
+
+def _by_statistics(cells: Sequence[Cell]) -> dict[str, list[float | None]]:
+    """Of every pair of statistics, fixed beforehand: accuracy on points, seeds and learning rates left out."""
+    found = {}
+    for pair in itertools.product(FORECASTS, FADING):
+        base = replace(BLANK, statistic=pair[0], fading_statistic=pair[1])
+        found[" and ".join(pair)] = [
+            _left_out(cells, KINDS[kind][1], base) for kind in ("by_point", "by_seed", "by_rate")
+        ]
+    return found
+
+
+def _left_out(cells: Sequence[Cell], group: Group, base: Rules) -> float | None:
+    pairs = []
+    for own in dict.fromkeys(group(c) for c in cells):
+        known = [c for c in cells if group(c) != own]
+        rules = fit(base, [means_at(c, SHARE) for c in known], [c.label for c in known])
+        pairs += [(c.label, foretold(rules, means_at(c, SHARE))) for c in cells if group(c) == own]
+    accuracy = score(pairs).balanced_accuracy
+    return accuracy if math.isfinite(accuracy) else None
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +300,19 @@ From 10 % of the summed learning rate, the two statistics chosen and the thresho
 
 Chosen (times): {chosen}.
 
+The same without the cells whose bias was moved ({found["alone"]["cells"]} cells, {
+        found["alone"]["failing"]
+    } failing), \
+each labelled against the best of these:
+
+{table(HEAD, [_row(title, found["alone"]["nested"][kind]["together"]) for kind, (title, _) in KINDS.items()])}
+
+{table(("share (each point from all others)", *HEAD[1:]), [_row(s, o) for s, o in found["alone"]["by_share"].items()])}
+
+Each pair of statistics, fixed beforehand: balanced accuracy on points / seeds / learning rates left out:
+
+{_statistics_table(found["statistics"])}
+
 Each backbone by the rules of the others:
 
 {table(HEAD, [_row(short(name), own) for name, own in folds.items()])}
@@ -282,6 +353,13 @@ Points of which some seeds failed and others trained, with what each reached of 
 
 Chosen and fitted on all cells: `{json.dumps(found["rules"])}`
 """
+
+
+def _statistics_table(found: dict[str, dict[str, list[float | None]]]) -> str:
+    def shown(values: Sequence[float | None]) -> str:
+        return " / ".join("-" if v is None else f"{v:.1%}" for v in values)
+
+    return table(("statistics", *found), [(n, *(shown(own[n]) for own in found.values())) for n in found["all"]])
 
 
 def _settled_table(found: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,15 +36,21 @@ def crossing(curve: dict[str, Any], statistic: str, goal: float) -> float | None
     return float(2 ** (scales[i] + share * (scales[i + 1] - scales[i])))
 
 
-def rules_of(one: dict[str, Any], goals: dict[str, Any]) -> dict[str, tuple[float | None, float]]:
-    """The pair that every rule asks for, from what was measured before training; never above 1.
+Start = tuple[float | None, float, float]  # constant, head learning rate, shift
+
+
+def rules_of(one: dict[str, Any], goals: dict[str, Any]) -> dict[str, Start]:
+    """What every rule asks for, from what was measured before training; no constant above 1.
 
     Args:
         one: of the backbone.
         goals: of the reference.
     """
     curve = one["curve"]
-    found: dict[str, tuple[float | None, float]] = {}
+    chosen = one["calibration"]
+    found: dict[str, Start] = {
+        "`calibrate`": (chosen["scale"], chosen["head_lr_multiplier"], round(chosen["shift"], 3)),
+    }
     asked = {t["name"]: t for t in one["targets"]}
     for name in ("norm", "activation", "score"):
         found[name] = _pair(asked[name]["snapped"])
@@ -50,14 +58,14 @@ def rules_of(one: dict[str, Any], goals: dict[str, Any]) -> dict[str, tuple[floa
         found[f"loss, c = {float(ceiling):g}"] = _pair(target["snapped"])
     reference = goals["output"]["score_margin"]
     found["margin of the reference"] = _pair(_snapped(crossing(curve, "score_margin", reference)))
-    for times in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0):
+    for times in (2.0, 2.5, 3.0):
         goal = times * math.log(CANDIDATES)
         found[f"margin = {times:g} ln N"] = _pair(_snapped(crossing(curve, "score_margin", goal)))
-    found["k = 16, head lr x1"] = (1 / 16, 1.0)
-    width = one["targets"][[t["name"] for t in one["targets"]].index("width")]["snapped"]
-    found["width, head lr x1"] = (width, 1.0)
-    found["k = 16, head lr x4"] = (1 / 16, MULTIPLIER)
-    found["untouched"] = (1.0, 1.0)
+    found["k = 16, head lr x1"] = (1 / 16, 1.0, 0.0)
+    found["k = 16, head lr x4"] = (1 / 16, MULTIPLIER, 0.0)
+    found["width, head lr x1"] = (asked["width"]["snapped"], 1.0, 0.0)
+    found["width, head lr x4"] = (asked["width"]["snapped"], MULTIPLIER, 0.0)
+    found["untouched"] = (1.0, 1.0, 0.0)
     return found
 
 
@@ -65,34 +73,35 @@ def _snapped(scale: float | None) -> float | None:
     return None if scale is None else nearest_power_of_two(scale)
 
 
-def _pair(scale: float | None) -> tuple[float | None, float]:
+def _pair(scale: float | None) -> Start:
     if scale is None or scale >= 1:
-        return (scale if scale is None else 1.0), 1.0
-    return scale, MULTIPLIER
+        return (scale if scale is None else 1.0), 1.0, 0.0
+    return scale, MULTIPLIER, 0.0
 
 
-def competing(cells: Sequence[Cell], backbone: str) -> dict[tuple[float, float], Point]:
-    """The points of the grid of a backbone, by constant and head learning rate; the untouched head is (1, 1)."""
+def competing(cells: Sequence[Cell], backbone: str) -> dict[Start, Point]:
+    """The points of the grid of a backbone; the untouched head is (1, 1, 0)."""
     own = [c for c in cells if c.ordinary and c.row.backbone == backbone]
-    found = {}
+    found: dict[Start, Point] = {}
     for point in points(own):
         row = point.first.row
-        key = (row.scale, row.head_lr_multiplier)
+        key = (row.scale, row.head_lr_multiplier, round(row.shift, 3))
         if key not in found or row.mode == "none":  # untied and left alone is the same start
             found[key] = point
     return {key: point for key, point in found.items() if point.by_seed("ndcg_test")}
 
 
-def best_of(found: dict[tuple[float, float], Point]) -> Point:
+def best_of(found: dict[Start, Point]) -> Point:
     """The best on dev pairs among the points with the most seeds."""
     most = max(len(p.by_seed("ndcg_dev")) for p in found.values())
     return max((p for p in found.values() if len(p.by_seed("ndcg_dev")) == most), key=lambda p: p.mean("ndcg_dev"))
 
 
-def pair_text(pair: tuple[float | None, float]) -> str:
-    """`1/8 x4`."""
-    scale, multiplier = pair
-    return "none" if scale is None else f"{ratio_text(scale)} x{multiplier:g}"
+def start_text(start: Start) -> str:
+    """`1/8 x4`, or with its shift."""
+    scale, multiplier, shift = start
+    shown = "none" if scale is None else f"{ratio_text(scale)} x{multiplier:g}"
+    return f"{shown}, shift {shift:.3g}" if shift else shown
 
 
 def regrets(cells: Sequence[Cell]) -> str:
@@ -108,7 +117,7 @@ def regrets(cells: Sequence[Cell]) -> str:
         row: list[str] = [rule]
         for name, grid in grids.items():
             pair = rules_of(known[name], goals)[rule]
-            row.append(f"{pair_text(pair)}: {loss_text(grid.get(pair) if pair[0] else None, bests[name])}")  # type: ignore[arg-type]
+            row.append(f"{start_text(pair)}: {loss_text(grid.get(pair), bests[name])}")
         rows.append(row)
     lines = [
         f"- {short(name)}: best on dev {best.first.name} ({len(best.by_seed('ndcg_dev'))} seeds; nDCG@10 on test "
@@ -118,12 +127,6 @@ def regrets(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n\n" + table(("rule", *(short(n) for n in grids)), rows)
 
 
-def loss_of(cells: Sequence[Cell], backbone: str, pair: tuple[float, float]) -> str:
-    """The regret of a pair in a sentence."""
-    grid = competing(cells, backbone)
-    return loss_text(grid.get(pair), best_of(grid)) if grid else "not run"
-
-
 def at_step_0(cells: Sequence[Cell]) -> str:
     """What was measured before training beside what came of it, for every pair that was run."""
     known = measured()
@@ -131,7 +134,11 @@ def at_step_0(cells: Sequence[Cell]) -> str:
     for name, one in known.items():
         grid = competing(cells, name)
         best = best_of(grid) if grid else None
-        for (scale, multiplier), point in sorted(grid.items(), key=lambda item: (-item[0][0], item[0][1])):
+        for (scale, multiplier, shift), point in sorted(
+            grid.items(), key=lambda item: (-(item[0][0] or 0), item[0][1])
+        ):
+            if shift or scale is None:
+                continue  # the curve is that of the bias as it is
             place = int(np.argmin(np.abs(np.log2(one["curve"]["scale"]) - math.log2(scale))))
             values = [
                 one["curve"][s][place]
@@ -140,7 +147,7 @@ def at_step_0(cells: Sequence[Cell]) -> str:
             step = LR * multiplier / (scale * one["weights"]["rms"])
             assert best is not None
             rows.append((
-                short(name), pair_text((scale, multiplier)), *(f"{v:.3g}" for v in values), f"{step:.3f}",
+                short(name), start_text((scale, multiplier, 0.0)), *(f"{v:.3g}" for v in values), f"{step:.3f}",
                 point.spread("ndcg_test"), f"{1 - relative_loss(point, best)[0]:.0%}", point.words,
             ))  # fmt: skip
     return table(
@@ -154,7 +161,7 @@ def two_by_two(cells: Sequence[Cell]) -> str:
     known = measured()
     rows = []
     for name, one in known.items():
-        point = competing(cells, name).get((1.0, 1.0))
+        point = competing(cells, name).get((1.0, 1.0, 0.0))
         if point is None:
             continue
         output = one["output"]
@@ -175,7 +182,7 @@ def _gain(cells: Sequence[Cell], name: str, point: Point) -> tuple[str]:
     return (f"{point.mean('ndcg_test') / best.mean('ndcg_test'):.0%} ({best.first.name.partition(', ')[2]})",)
 
 
-def best_of_any(found: dict[tuple[float, float], Point]) -> Point:
+def best_of_any(found: dict[Start, Point]) -> Point:
     """The best on dev pairs, however many seeds it has."""
     return max(found.values(), key=lambda p: p.mean("ndcg_dev"))
 
@@ -184,8 +191,8 @@ def rank_correlations(cells: Sequence[Cell]) -> str:
     """Spearman's rho over backbones, one point each: what of step 0 orders the share of its best that each reaches."""
     known = measured()
     grids = {name: competing(cells, name) for name in known}
-    grids = {name: g for name, g in grids.items() if (1.0, 1.0) in g and len(g) > 1}
-    reached = [g[(1.0, 1.0)].mean("ndcg_test") / best_of_any(g).mean("ndcg_test") for g in grids.values()]
+    grids = {name: g for name, g in grids.items() if (1.0, 1.0, 0.0) in g and len(g) > 1}
+    reached = [g[(1.0, 1.0, 0.0)].mean("ndcg_test") / best_of_any(g).mean("ndcg_test") for g in grids.values()]
     if len(reached) < 4:
         return f"{len(reached)} backbones: too few to rank."
     columns = {
@@ -196,9 +203,11 @@ def rank_correlations(cells: Sequence[Cell]) -> str:
     }
     rows = []
     for name, values in columns.items():
-        found = spearmanr(values, reached)
-        rows.append((name, len(reached), f"{found.statistic:.2f}", f"{found.pvalue:.3f}"))
-    return table(("of the untouched backbone", "backbones", "Spearman's rho with the share reached", "p"), rows)
+        rho = spearmanr(values, reached).statistic
+        orders = [abs(spearmanr(values, order).statistic) for order in itertools.permutations(reached)]
+        share = statistics.fmean(o >= abs(rho) - 1e-9 for o in orders)
+        rows.append((name, len(reached), f"{rho:.2f}", f"{share:.2f}"))
+    return table(("of the untouched backbone", "backbones", "Spearman's rho with the share reached", "p (exact)"), rows)
 
 
 # --- matched sparsity ----------------------------------------------------------------------------------------------
@@ -209,7 +218,7 @@ def fronts(cells: Sequence[Cell], dims: Sequence[float] = (50.0, 100.0, 200.0, 4
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         row = cell.row
-        usual = row.lr == LR and row.temperature == 1 and row.warmup_ratio == 0.1 and row.shift == 0
+        usual = row.lr == LR and row.temperature == 1 and row.warmup_ratio == 0.1
         if usual and cell.scale_bias and row.mode in ("untie", "none") and row.ndcg_test is not None and row.seed == 0:
             groups.setdefault(cell.name.partition(", lambda")[0], []).append(cell)
     rows = []

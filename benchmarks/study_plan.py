@@ -74,7 +74,10 @@ def stages(temperature: float, lambda_share: tuple[float, float], shifts: dict[s
         "lambda_query": 3e-3 * lambda_share[0],
         "lambda_document": 1e-3 * lambda_share[1],
     }
-    fronts = [*grid(FAILING, [(1 / 8, 4.0), (1 / 16, 1.0), (1 / 64, 4.0)], seeds=(0,)), *untouched(REFERENCE, (0,))]
+    fronts = [
+        *grid(FAILING, [(1 / 8, 4.0), (1 / 16, 1.0)], seeds=(0,)), *untouched(REFERENCE, (0,)),
+        *grid(FAILING, at((1.0,)), seeds=(0,), shift=shifts[FAILING]),
+    ]  # fmt: skip
     few, rest = (0, 1), (1, 2)
     return {
         # What the recommended pair loses against the best one, k = 16 and the width rule: nDCG@10, paired.
@@ -106,6 +109,9 @@ def stages(temperature: float, lambda_share: tuple[float, float], shifts: dict[s
             *(c for part in (0.5, 0.75, 1.25) for c in
               grid(FAILING, at((1.0,)), seeds=(0,), shift=part * shifts[FAILING])),
             *grid(FAILING, at((1 / 8,), (4.0,)), seeds=rest, shift=shifts[FAILING]),
+            *grid(FAILING, at((1.0,)), (1e-4, 1e-3), seeds=(0,), shift=shifts[FAILING]),
+            *grid(FAILING, at((1.0,)), seeds=(0,), mode="fold", shift=shifts[FAILING]),
+            *grid(FAILING, at((1 / 2, 1 / 4)), seeds=(0,), shift=shifts[FAILING]),
         ],
         # Effectiveness at the same sparsity: lambda moved up and down, for the pairs that compete.
         "fronts": [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import study_judging
 import study_pairs
-from study_data import DATA, LR, SCORES, Cell, Point, points, read_cells, short, table
+from study_data import DATA, LAMBDA, LR, SCORES, Cell, Point, points, read_cells, short, table
 from study_plan import PRETRAINED
 
 from headscale.constants import ratio_text
@@ -35,7 +35,7 @@ def point_row(point: Point, name: str = "") -> tuple[object, ...]:
 
 def sensitivity(cells: Sequence[Cell], backbone: str) -> str:
     """A backbone over constants and head learning rates at the recipe's learning rate."""
-    own = [c for c in cells if c.ordinary and c.row.backbone == backbone]
+    own = [c for c in cells if c.ordinary and c.row.backbone == backbone and not c.row.shift]
     found = points(c for c in own if c.row.mode == "untie")
     found.sort(key=lambda p: (-p.first.row.scale, p.first.row.head_lr_multiplier))
     rows = [point_row(p, "untouched (tied)") for p in points(c for c in own if c.row.mode == "none")]
@@ -47,15 +47,22 @@ def controls(cells: Sequence[Cell]) -> str:
     """Everything off the grid but other learning rates and lambdas: modes, shifts, temperatures, warmups."""
     found = [
         p
-        for p in points(c for c in cells if not c.ordinary)
+        for p in points(c for c in cells if (not c.ordinary and not c.row.shift))
         if (p.first.row.lr in (LR, 3e-5)) and "lambda" not in p.first.name
     ]
     return table(HEAD, [point_row(p) for p in sorted(found, key=lambda p: p.first.name)])
 
 
+def shifts(cells: Sequence[Cell]) -> str:
+    """Every cell whose bias was moved, and the untouched and best constants beside them."""
+    found = points(c for c in cells if c.row.shift and c.row.lambda_query == LAMBDA)
+    found.sort(key=lambda p: (p.first.row.backbone, p.first.row.lr, -p.first.row.scale, p.first.row.shift))
+    return table(HEAD, [point_row(p) for p in found])
+
+
 def learning_rates(cells: Sequence[Cell]) -> str:
     """The grid at the two other learning rates."""
-    found = points(c for c in cells if c.row.lr in (1e-4, 1e-3) and c.row.temperature == 1)
+    found = points(c for c in cells if c.row.lr in (1e-4, 1e-3) and c.row.temperature == 1 and not c.row.shift)
     found.sort(key=lambda p: (p.first.row.backbone, p.first.row.lr, -p.first.row.scale, p.first.row.head_lr_multiplier))
     return table(HEAD, [point_row(p) for p in found])
 
@@ -98,10 +105,15 @@ def report(_: object = None) -> None:
         "STEP_0": study_pairs.at_step_0(cells),
         "REGRETS": study_pairs.regrets(cells),
         "FRONTS": study_pairs.fronts(cells),
+        "SHIFTS": shifts(cells),
         "CONTROLS": controls(cells),
         "LEARNING_RATES": learning_rates(cells),
         "VERDICT": study_judging.section(found),
         **{kind.upper(): study_judging.sentence(nested[kind]["together"]) for kind in study_judging.KINDS},
+        **{
+            f"ALONE_{kind.upper()}": study_judging.sentence(found["alone"]["nested"][kind]["together"])
+            for kind in study_judging.KINDS
+        },
         "AGREED": study_judging.sentence(nested["by_point"]["agreed"]),
         "TRANSFER": study_judging.sentence(found["transfer"]["together"]) if found["transfer"] else "not run",
         "LABELS": f"below {FAIL_RELATIVE:.0%} of the best cell's MRR@10 a run failed, below {DEGRADED_RELATIVE:.0%} "

@@ -34,11 +34,12 @@ from headscale.backbone import load_backbone  # noqa: E402
 from headscale.calibration import Choice, choose  # noqa: E402
 from headscale.demo import DOCUMENT_LENGTH, FAILING, QUERY_LENGTH, REFERENCE  # noqa: E402
 from headscale.grid import LocalProcesses, row_of, sweep  # noqa: E402
-from headscale.inspection import measure, texts_of  # noqa: E402
+from headscale.inspection import Measured, measure, texts_of  # noqa: E402
 from headscale.profiles import Reference, profile_of  # noqa: E402
 from headscale.trials import Bench, TextSource, configuration_of, folder_of, identity_of  # noqa: E402
 
 CEILINGS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
+CHOSEN = ("match", "match_reason", "scale", "shift", "head_lr_multiplier")
 SOURCE = TextSource()
 TEMPERED = 1 / 64  # the constant whose spread of scores the temperature control matches
 NOT_KEPT = {"verdict": None, "verdict_step": None, "verdict_lr_share": None}  # of the rules before they were fitted
@@ -90,31 +91,28 @@ def targets(bench: Bench, places: Places, wanted: Iterable[str]) -> dict[str, An
     measured = {name: measure(load_backbone(places.of(name)), texts, spectral=True) for name in {REFERENCE, *wanted}}
     profile = profile_of(measured[REFERENCE].inspection, origin="bundled")
     found: dict[str, Any] = {}
+    against = Reference(profile, "bundled")
     for name in wanted:
         one = measured[name]
-        chosen = choose(one, Reference(profile, "bundled"))
-        ceilings = {
-            str(c): next(
-                t
-                for t in choose(one, Reference(profile, "bundled"), Choice(match="loss", ceiling=c)).targets
-                if t.name == "loss"
-            ).to_dict()
-            for c in CEILINGS
-        }
+        chosen, alone = choose(one, against), choose(one, against, Choice(shift=False))
         output, curve = one.inspection.output, one.inspection.curve
         assert output is not None
         assert curve is not None
         found[name] = {
             "weights": one.inspection.weights.to_dict(),
-            "calibration": {"match": chosen.match, "reason": chosen.match_reason, "scale": chosen.scale},
-            "targets": [t.to_dict() for t in chosen.targets],
-            "ceilings": ceilings,
+            "calibration": {name: getattr(chosen, name) for name in CHOSEN},
+            "targets": [t.to_dict() for t in alone.targets],  # as the curve, without a shift
+            "ceilings": {str(c): _loss_target(one, against, c) for c in CEILINGS},
             "curve": curve.to_dict(),
-            "active_dims": [output.query.active_dims, output.document.active_dims],
             "output": output.to_dict(),
-            "shift": choose(one, Reference(profile, "bundled"), Choice(shift=True)).shift,
+            "shift": choose(one, against, Choice(shift=True)).shift,
         }
     return found
+
+
+def _loss_target(one: Measured, against: Reference, ceiling: float) -> dict[str, Any]:
+    found = choose(one, against, Choice(match="loss", ceiling=ceiling, shift=False)).targets
+    return next(t for t in found if t.name == "loss").to_dict()
 
 
 def temperature_control(curve: dict[str, Any], scale: float) -> tuple[float, tuple[float, float]]:
