@@ -87,7 +87,7 @@ def causes(verdict: Verdict, output: OutputStatistics | None, vocabulary: Vocabu
     """
     found = []
     if verdict.word == "too high":
-        found.append(f"scale: {verdict.evidence}; a smaller constant lowers it")
+        found.append(f"scale: {verdict.evidence}; a shift of the bias or a smaller constant lowers it")
     if vocabulary is not None and vocabulary.variant_share > VARIANT_SHARE:
         found.append(
             f"vocabulary: {vocabulary.variant_share:.0%} of the terms are variants of another by case, space or "
