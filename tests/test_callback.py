@@ -20,6 +20,7 @@ from tiny_models import tiny_model
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from headscale import api, bundled, results, trials
+from headscale.calibration import Choice
 from headscale.errors import UsageError
 from headscale.interop.callback import HeadscaleCallback
 from headscale.interop.schedule import TheirSchedule, learning_rates
@@ -318,7 +319,8 @@ def test_folders_that_their_trainer_saves_can_be_inspected(directory: Path, tmp_
 def test_a_calibrated_encoder_saved_and_trained_can_be_inspected(tmp_path: Path) -> None:
     """Calibrate writes it, sentence-transformers saves it anew; the constant and the untied head survive both."""
     source = "bundled:tiny-modernbert"
-    found = api.calibrate(source, reference="bundled:tiny-bert", save=tmp_path / "calibrated")
+    choice = Choice(match="constant", k=32)
+    found = api.calibrate(source, reference="bundled:tiny-bert", choice=choice, save=tmp_path / "calibrated")
     model = SparseEncoder(str(tmp_path / "calibrated"), device="cpu")
     model.save_pretrained(str(tmp_path / "saved"))
     before = api.inspect(source, weights_only=True).weights.frobenius
