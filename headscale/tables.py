@@ -27,7 +27,9 @@ METRICS = {
     "recall_at_100": "recall@100",
     "recall_at_1000": "recall@1000",
 }
-TRAINED_METRIC = "MRR@10"  # of the test pairs that a trial or a sweep ranks at its end
+# Of the test pairs that a trial or a sweep ranks at its end, and their columns of `summary`.
+TRAINED_METRICS = {"MRR@10": "mrr_test", "nDCG@10": "ndcg_test"}
+TRAINED_METRIC = "MRR@10"
 CURVES = ("loss_over_ln_n", "active_dims_document", "score_sd", "cosine_document", "grad_norm_head",
           "grad_norm_encoder")  # fmt: skip
 SEED_INTERVAL, QUERY_INTERVAL = "95 % t over seeds", "95 % over queries"
@@ -139,7 +141,7 @@ def _by_size(found: list[Member]) -> list[Member]:
 # --- one row a training --------------------------------------------------------------------------------------------
 
 _CELL_COLUMNS = ("recipe", "setting", "backbone", "reference", "scale", "arm", "mode", "head_lr_multiplier", "seed",
-                 "status", "key", "norm", "mrr_dev", "mrr_test", "chance_mrr", "active_dims_query",
+                 "status", "key", "norm", "mrr_dev", "mrr_test", "ndcg_test", "chance_mrr", "active_dims_query",
                  "active_dims_document", "flops_cost", "verdict", "verdict_step", "verdict_lr_share", "loss_end",
                  "message")  # fmt: skip
 
@@ -184,6 +186,7 @@ def _of_cell(training: Training) -> dict[str, Any]:
         "norm": cell.run.head_norm_start * (training.training["scale"] if elsewhere else 1.0),
         "mrr_dev": None if cell.dev is None else cell.dev.mrr_at_10,
         "mrr_test": None if ranking is None else ranking.mrr_at_10,
+        "ndcg_test": None if ranking is None else ranking.ndcg_at_10,
         "chance_mrr": None if ranking is None else ranking.chance_mrr_at_10,
         "active_dims_query": end.tail.get("active_dims_query") if ranking is None else ranking.active_dims_query,
         "active_dims_document": end.tail.get("active_dims_document")
@@ -202,8 +205,8 @@ def _of_row(training: Training) -> dict[str, Any]:
     row = training.row
     elsewhere = row.mode in ("fold", "logits")
     norm = None if row.head_norm_start is None else row.head_norm_start * (row.scale if elsewhere else 1.0)
-    names = ("mrr_dev", "mrr_test", "chance_mrr", "active_dims_query", "active_dims_document", "flops_cost", "verdict",
-             "verdict_step", "verdict_lr_share", "loss_end")  # fmt: skip
+    names = ("mrr_dev", "mrr_test", "ndcg_test", "chance_mrr", "active_dims_query", "active_dims_document",
+             "flops_cost", "verdict", "verdict_step", "verdict_lr_share", "loss_end")  # fmt: skip
     return {"norm": norm, **{n: getattr(row, n) for n in names}}
 
 
@@ -240,17 +243,17 @@ def worst_word(words: Iterable[str | None]) -> str:
     return max(known, key=WORDS.index) if known else ""
 
 
-def _points(cells: DataFrame) -> list[dict[str, Any]]:
+def _points(cells: DataFrame, metric: str) -> list[dict[str, Any]]:
     """Seeds taken together: a row per recipe, backbone, arm and constant, in the order of the cells."""
     found = []
     keys = ["recipe", "backbone", "arm", "scale"]
     for (recipe, backbone, arm, scale), group in cells.groupby(keys, sort=False):
-        value, low, high, seeds = t_interval(group["mrr_test"].tolist())
+        value, low, high, seeds = t_interval(group[TRAINED_METRICS[metric]].tolist())
         means = {n: _mean(group[n]) for n in ("norm", "active_dims_query", "active_dims_document", "flops_cost",
                                               "chance_mrr")}  # fmt: skip
         found.append({
             "source": "training", "recipe": recipe, "setting": group["setting"].iloc[0], "backbone": backbone,
-            "reference": bool(group["reference"].iloc[0]), "arm": arm, "scale": scale, "metric": TRAINED_METRIC,
+            "reference": bool(group["reference"].iloc[0]), "arm": arm, "scale": scale, "metric": metric,
             "value": value, "low": low, "high": high, "seeds": seeds, "trainings": len(group),
             "interval": SEED_INTERVAL if seeds > 1 else "", "verdict": worst_word(group["verdict"]), **means,
         })  # fmt: skip
@@ -403,13 +406,16 @@ _EFFECTIVENESS = ("source", "recipe", "setting", "backbone", "reference", "arm",
                   "value", "low", "high", "seeds", "trainings", "interval", "verdict", "own_point")  # fmt: skip
 
 
-def norm_effectiveness(results: Results, published: DataFrame | None = None, *, norm: str = "frobenius") -> DataFrame:
+def norm_effectiveness(
+    results: Results, published: DataFrame | None = None, *, norm: str = "frobenius", metric: str = TRAINED_METRIC
+) -> DataFrame:
     """Figure 1: the MLM head's norm, the constant included, against effectiveness.
 
     Args:
         results: trainings with a ranking of their own, or inspections with evaluations or published figures.
         published: from `read_published`; its rows come first.
         norm: a norm of `WeightStatistics`; trainings themselves know the Frobenius norm alone.
+        metric: of trainings, in `TRAINED_METRICS`; evaluations and published figures have theirs.
 
     Returns:
         A row per backbone, constant, recipe and metric; `own_point` marks the one row of a backbone, its untouched
@@ -418,7 +424,7 @@ def norm_effectiveness(results: Results, published: DataFrame | None = None, *, 
     import pandas as pd
 
     known = {i.name: float(_or_nan(getattr(i.weights, norm))) for i in results.inspections}
-    rows = [*_published(published, results), *_evaluated(results), *_points(summary(results))]
+    rows = [*_published(published, results), *_evaluated(results), *_points(summary(results), metric)]
     for row in rows:
         measured = known.get(row["backbone"], math.nan) * row["scale"]
         trained = row.get("norm", math.nan) if norm == "frobenius" else math.nan
@@ -468,15 +474,16 @@ _TRADEOFF = ("source", "recipe", "setting", "backbone", "reference", "arm", "sca
              "seeds", "trainings", "interval", "verdict", *SPARSITY)  # fmt: skip
 
 
-def tradeoff(results: Results) -> DataFrame:
+def tradeoff(results: Results, *, metric: str = TRAINED_METRIC) -> DataFrame:
     """Figure 2: effectiveness against sparsity, a row per backbone, constant, recipe and metric.
 
     `front_active_dims_document` and the like say which rows are on the Pareto front of their recipe and metric: no
     other is at least as effective and sparser. Runs that did not train are not on it, however sparse they are.
+    `metric` is that of trainings, in `TRAINED_METRICS`.
     """
     import pandas as pd
 
-    rows = [*_evaluated(results), *_points(summary(results))]
+    rows = [*_evaluated(results), *_points(summary(results), metric)]
     frame = pd.DataFrame(rows, columns=list(_TRADEOFF))
     fronts = {f"front_{name}": pd.Series(False, index=frame.index) for name in SPARSITY}
     trained = frame[~frame["verdict"].isin(list(FAILED))]
@@ -503,8 +510,8 @@ _SENSITIVITY = ("kind", "recipe", "setting", "backbone", "reference", "arm", "sc
                 "high", "seeds", "verdict", "chance", "target", "chosen")  # fmt: skip
 
 
-def sensitivity(results: Results) -> DataFrame:
-    """Figure 3: effectiveness and verdict against the constant.
+def sensitivity(results: Results, *, metric: str = TRAINED_METRIC) -> DataFrame:
+    """Figure 3: effectiveness and verdict against the constant; `metric` is one of `TRAINED_METRICS`.
 
     Returns:
         Rows of three kinds: `seed`, one training with its own verdict; `point`, seeds together with the worst verdict;
@@ -514,10 +521,11 @@ def sensitivity(results: Results) -> DataFrame:
 
     cells = summary(results)
     rows: list[dict[str, Any]] = [
-        {**p, "kind": "point", "chance": p["chance_mrr"]} for p in _points(cells) if p["trainings"]
+        {**p, "kind": "point", "chance": p["chance_mrr"] if metric == "MRR@10" else math.nan}
+        for p in _points(cells, metric)
     ]
     for cell in rows_of(cells[cells["verdict"].notna()]):
-        rows.append({**cell, "kind": "seed", "metric": TRAINED_METRIC, "value": cell["mrr_test"], "seeds": 1})
+        rows.append({**cell, "kind": "seed", "metric": metric, "value": cell[TRAINED_METRICS[metric]], "seeds": 1})
     drawn = {row["backbone"] for row in rows}
     for calibration in results.calibrations:
         if calibration.name in drawn:

@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -259,6 +260,18 @@ def test_no_such_table(tmp_path: Path, text: str, said: str) -> None:
 
 
 # --- figure 2 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", [tables.norm_effectiveness, tables.tradeoff, tables.sensitivity])
+def test_trainings_can_be_shown_by_ndcg(table: Any) -> None:
+    data = table(golden(), metric="nDCG@10")
+    data = data[data["metric"].notna()]
+    assert set(data["metric"]) == {"nDCG@10"}
+    own = data[(data["backbone"] == "bundled:tiny-modernbert") & (data["scale"] == 0.125)]
+    seeds = [t.cell.run.end.ranking.ndcg_at_10 for t in golden().trainings  # type: ignore[union-attr]
+             if t.cell and t.training["scale"] == 0.125]  # fmt: skip
+    assert own["value"].iloc[0] == pytest.approx(np.mean(seeds))
+    assert len(set(seeds)) == 2
 
 
 def beaten(point: tuple[float, float], others: list[tuple[float, float]]) -> bool:

@@ -71,7 +71,7 @@ def draw_curves(data: DataFrame, ax: Axes | None = None, *, title: str = "", sub
         _panel(panel, data, arms, statistic, label)
     for panel in axes[-2:]:
         panel.set_xlabel("optimizer step [steps]")
-        panel.set_xticks([t for t in panel.get_xticks() if 0 <= t <= steps["step"].max() + 1e-9])
+        panel.set_xticks([t for t in panel.get_xticks() if 0 <= t <= 1.02 * steps["step"].max()])
     titles(figure, axes, title or _title(steps), subtitle or _subtitle(data, arms))
     settle(figure)
     for panel, statistic in zip(axes, _PANELS, strict=True):

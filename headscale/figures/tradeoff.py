@@ -91,4 +91,5 @@ def _failed_at_the_edge(points: DataFrame, sparsity: str) -> tuple[DataFrame, st
     if not beyond.any():
         return points, ""
     moved = points.assign(**{sparsity: points[sparsity].where(~beyond, _EDGE)})
-    return moved, f"{int(beyond.sum())} failed with fewer than {_EDGE:g}, drawn there"
+    unit = "multiplication" if sparsity == "flops_cost" else "dim"
+    return moved, f"{int(beyond.sum())} failed with less than {_EDGE:g} {unit}, drawn there"
