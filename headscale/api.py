@@ -283,8 +283,8 @@ def write(
     from headscale.rescaling import can_fold
 
     assert calibration.scale is not None
-    if mode == "auto" and calibration.scale == 1 and can_fold(backbone.head):
-        mode = "fold"  # nothing is multiplied, so no projection of the head's own is needed
+    if mode == "auto" and calibration.scale == calibration.head_lr_multiplier == 1 and can_fold(backbone.head):
+        mode = "fold"  # a shift alone: no projection of the head's own is needed
     change = Change(calibration.scale, mode, calibration.scale_bias, calibration.shift)
     return save_rescaled(backbone, target, change, metadata=_metadata(calibration, change), overwrite=overwrite)
 

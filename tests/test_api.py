@@ -242,6 +242,17 @@ def test_what_goes_with_the_constant_lies_beside_it(large: Path, reference: Path
     assert float((new - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
+def test_a_shift_alone_needs_no_untied_copy(large: Path, reference: Path, tmp_path: Path) -> None:
+    found = headscale.calibrate(large, reference=reference, save=tmp_path / "saved", **GIVEN)
+    assert (found.scale, found.head_lr_multiplier, found.written.mode) == (1.0, 1.0, "fold")
+    assert found.shift < 0
+    old, new = (loaded(place)[0] for place in (large, tmp_path / "saved"))
+    with torch.no_grad():
+        moved = new.eval()(**tiny_batch()).logits - old.eval()(**tiny_batch()).logits
+    assert torch.allclose(moved, torch.full_like(moved, found.shift), atol=1e-4)
+    assert {k for k, _ in new.named_parameters()} == {k for k, _ in old.named_parameters()}
+
+
 def test_nothing_is_written_where_no_constant_is_found(large: Path, reference: Path, tmp_path: Path) -> None:
     profile = headscale.profile(reference, **GIVEN)
     heavy = replace(profile.output, document=replace(profile.output.document, mean_weight=1e6))
