@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from headscale.downloads import told_by
 from headscale.errors import HeadscaleError, NotFoundError, UnreadableError
 from headscale.files import LocalFiles, join_name, left_out, locate_weights, model_folder
 from headscale.ranges import RangeReader, Remote, follow, transport_errors
@@ -126,8 +127,9 @@ class HubFiles:
             return Path(cached)
         if self.size(name) >= _QUIET_BYTES:
             self._tell(f"downloading `{name}` of `{self.repo}` ({human_size(self.size(name))}) into the hub cache")
+        told = told_by(self._tell, f"`{name}`", self.size(name), hf_hub_download)
         with self._translating(), _no_bars():
-            return Path(hf_hub_download(self.repo, name, token=self._token, endpoint=self.endpoint, **where))
+            return Path(hf_hub_download(self.repo, name, token=self._token, endpoint=self.endpoint, **where, **told))
 
     def reader(self, name: str, start: int, end: int, what: str) -> RangeReader:
         """A reader of one byte range; `what` is announced with its size, an empty one is not."""
@@ -315,6 +317,7 @@ def _fetch(files: HubFiles, target: str | Path | None) -> Path:
                 token=files._token,
                 endpoint=files.endpoint,
                 allow_patterns=[glob_escape(name) for name in wanted],
+                **told_by(files._tell, f"`{files.repo}`", total, snapshot_download),
             )
         )
 

@@ -121,7 +121,8 @@ def _inputs(results: Results, effectiveness: str | None) -> Iterable[Fact]:
         yield Fact("published figures", effectiveness)
     names = {**{i.name: i.revision for i in results.inspections}, **{c.name: c.revision for c in results.calibrations}}
     names |= {e.name: e.revision for e in results.evaluations}
-    names |= {t.backbone: t.configuration.get("revision") or names.get(t.backbone) for t in results.trainings}
+    known = [t for t in results.trainings if "lr" in t.training]  # one that has just begun has but its folder's name
+    names |= {t.backbone: t.configuration.get("revision") or names.get(t.backbone) for t in known}
     told = [f"{name} at {str(revision)[:12]}" if revision else name for name, revision in names.items()]
     yield Fact("backbones", _listed(told, MOST_LISTED))
     if results.references:
@@ -153,7 +154,9 @@ def _training_inputs(results: Results) -> Iterable[Fact]:
         yield Fact("trained on", told)
     shared, varied = [], []
     for name in dict.fromkeys(name for one in results.trainings for name in one.training):
-        values = list(dict.fromkeys(_value(one.training[name]) for one in results.trainings if name in one.training))
+        known = {repr(v): v for one in results.trainings if (v := one.training.get(name, "")) != ""}.values()
+        ordered = sorted(known, key=lambda v: (not isinstance(v, int | float), v if isinstance(v, int | float) else 0))
+        values = list(dict.fromkeys(map(_value, ordered)))
         if len(values) == 1 and values != ["-"]:
             shared.append(f"{name} {values[0]}")
         elif len(values) > 1:
