@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -180,10 +181,16 @@ def _processor() -> str:
 
 
 def save_json(path: Path, benchmark: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Write `{"schema", "machine", "rows", ...}`."""
-    body = {"schema": f"headscale.benchmark.{benchmark}/1", "machine": machine(), **more, "rows": list(rows)}
+    """Write `{"schema", "machine", "command", "rows", ...}`."""
+    body = {"schema": f"headscale.benchmark.{benchmark}/1", "machine": machine(), "command": _command()}
+    body |= {**more, "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(body, indent=1) + "\n")
+
+
+def _command() -> str:
+    """The command line of this process, as from the repository's root."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

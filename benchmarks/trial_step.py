@@ -49,7 +49,7 @@ def make_pairs(lengths: str, count: int, seed: int = 0) -> list[Pair]:
     return [Pair(*(text(*side) for side in LENGTHS[lengths])) for _ in range(count)]
 
 
-def write_backbone(folder: Path, dropout: float) -> None:
+def write_backbone(folder: Path, dropout: float, *, width: int = WIDTH, layers: int = LAYERS) -> None:
     """A BERT with random weights and a WordPiece tokenizer whose words are its terms."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
@@ -58,8 +58,8 @@ def write_backbone(folder: Path, dropout: float) -> None:
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *(f"w{i}" for i in range(VOCAB - len(SPECIAL)))]))
     BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
-        intermediate_size=4 * WIDTH, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        vocab_size=VOCAB, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        intermediate_size=4 * width, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
 
