@@ -84,7 +84,7 @@ def train(
         config=config.to_dict(),
         status=status,
         steps=tuple(steps),
-        end=_end(config, steps, ranking),
+        end=end_of(config, steps, ranking),
         device=trainer.choice.name,
         device_reason=trainer.choice.reason,
         candidates=trainer.candidates,
@@ -142,7 +142,8 @@ def _evaluated(trainer: Trainer, pairs: Sequence[TextPair]) -> RankMetrics:
     return rank_metrics(queries, documents)
 
 
-def _end(config: TrainingConfig, steps: Sequence[StepRecord], ranking: RankMetrics | None) -> RunEnd:
+def end_of(config: TrainingConfig, steps: Sequence[StepRecord], ranking: RankMetrics | None) -> RunEnd:
+    """The end of a run in numbers: means over its last tenth, and the ranking if there is one."""
     schedule = config.schedule()
     tail = steps[-max(1, len(steps) // 10) :]
     numbers = [f.name for f in fields(StepRecord) if f.name not in ("step", "seconds", "memory")]

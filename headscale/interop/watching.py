@@ -23,6 +23,7 @@ from headscale.interop.tracking import Tracking
 from headscale.observation import average, batch_statistics, read_off, score_statistics, total_norm
 from headscale.records import StepRecord, TrainedCell, TrainingRun, TrialVerdict
 from headscale.steplog import StepLog
+from headscale.training import end_of
 from headscale.trials import KIND
 from headscale.verdict import Watch
 
@@ -258,6 +259,7 @@ class Watching:
         label = f"{self.callback.name}-seed{self.config.seed}"
         folder = cells.cell_folder(self.callback.run, KIND, label, cells.cell_key(self.configuration))
         (folder / cells.CELL).unlink(missing_ok=True)  # of an earlier run of the same configuration
+        cells.write_json(folder / cells.BEGUN, self.configuration)
         return folder
 
     def _tracker(self) -> Tracking | None:
@@ -280,6 +282,8 @@ class Watching:
             self._log.__exit__(None, None, None)
         if self._tracking is not None:
             self._tracking.close(verdict)
+        if self.folder is not None:
+            (self.folder / cells.BEGUN).unlink(missing_ok=True)
         if self.folder is not None and verdict is not None:
             if status != "done":
                 self.status = status
@@ -287,10 +291,8 @@ class Watching:
             cells.write_cell(self.folder, KIND, self.configuration, cell.to_dict(), status=status)
 
     def _run(self, steps: Sequence[StepRecord]) -> TrainingRun:
-        from headscale.training import _end
-
         return TrainingRun(
-            config=self.config.to_dict(), status=self.status, steps=(), end=_end(self.config, steps, None),
+            config=self.config.to_dict(), status=self.status, steps=(), end=end_of(self.config, steps, None),
             device=str(self.head.weight.device), device_reason="of the trainer", candidates=self._sizes["document"],
             pairs=0, vocab_size=self.head.vocab_size, width=self.head.width,
             head_tied=self.head.head.tied_to is not None, head_norm_start=self.head_norm_start,
