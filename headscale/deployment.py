@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headscale.backbone import Backbone
     from headscale.collection import Collection
     from headscale.evaluation import Setup
-    from headscale.records import SystemResult
+    from headscale.records import Impacts
 
 IDF = "idf"
 _ELSEWHERE = "evaluate it with sentence-transformers' SparseInformationRetrievalEvaluator"
@@ -124,36 +124,41 @@ def _constant(backbone: Backbone) -> float | None:
     return scale if isinstance(scale, int | float) and scale != 1 else None
 
 
-def interactions(plan: Plan, rows: Sequence[SystemResult]) -> list[str]:
+def interactions(plan: Plan, impacts: Sequence[Impacts | None]) -> list[str]:
     """Where what is deployed changes what a constant in the weights does, in sentences.
 
     Args:
         plan: what is deployed.
-        rows: of the model, as it is and rounded.
+        impacts: of the roundings.
     """
+    return remarks(plan.encoder.pooling, plan.queries is not None, impacts, scale=plan.scale)
+
+
+def remarks(
+    pooling: str, inference_free: bool, impacts: Sequence[Impacts | None], *, scale: float | None = None
+) -> list[str]:
+    """`interactions` from its parts; `scale` is the constant in the weights, where it is known."""
     said = []
-    scaled = "a constant below 1" if plan.scale is None else f"this checkpoint's constant {plan.scale:.4g}"
-    if plan.encoder.pooling == "sum":
+    if pooling == "sum":
         said.append(
             "sum pooling: a constant keeps which terms are active, but what it does to their weights depends on every"
-            " position: `calibrate` measured the max, so choose by `trial` and this table"
+            " position, and `calibrate` measures the max: choose by `trial` and `evaluate`"
         )
-    if plan.queries is not None:
+    if inference_free:
         said.append(
             "inference-free queries: scores are linear in the documents' weights, so a constant changes the score scale"
             " once, not twice, and no query weight"
         )
-    for row in rows:
-        lost = row.impacts
+    scaled = "a constant below 1" if scale is None else f"the constant {scale:.4g} in this checkpoint"
+    for lost in impacts:
         if lost is None or lost.word == "kept":
             continue
         how = f"{lost.lost_document:.1%} of the documents' weights and {lost.lost_query:.1%} of the queries' became 0"
         texts = f", and {lost.emptied} texts have none left" if lost.emptied else ""
-        why = "; a step of the largest weight, which a constant hardly moves"
-        if lost.rounding == "x100":
-            why = f": what is below 0.005 is gone, and {scaled} makes every weight smaller"
-        label = "x100" if lost.rounding == "x100" else f"{lost.rounding} bit"
-        said.append(f"{label}: {lost.word}: {how}{texts}{why}")
+        absolute = lost.rounding == "x100"
+        why = f": what is below 0.005 is gone, and {scaled} makes every weight smaller"
+        why = why if absolute else "; the step is a share of the largest weight, so a constant hardly matters"
+        said.append(f"{lost.rounding}{'' if absolute else ' bit'}: {lost.word}: {how}{texts}{why}")
     return said
 
 

@@ -185,7 +185,7 @@ def _evaluated(
     )  # fmt: skip
     rows = [_model_row(backbone.name, plan, one, collection) for one in found]
     warnings += _non_finite(rows[0])
-    warnings += interactions(plan, rows)
+    warnings += interactions(plan, [row.impacts for row in rows])
     evaluation = Evaluation(
         name=backbone.name,
         revision=backbone.revision,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headscale.errors import UsageError
 from headscale.options import (
     RUN_FOLDER,
+    Activation,
     Count,
     Debug,
     Device,
@@ -19,6 +20,8 @@ from headscale.options import (
     Output,
     PairFile,
     Plot,
+    Pooling,
+    Queries,
     QueryLength,
     Quiet,
     Ref,
@@ -30,6 +33,10 @@ from headscale.options import (
 )
 from headscale.render import Voice, judged
 from headscale.shell import app, attempt, begin, loading_with, reference_or_none, texts_from_options, watched
+
+if TYPE_CHECKING:
+    from headscale.evaluation import Setup
+    from headscale.records import Inspection
 
 
 @app.command()
@@ -48,6 +55,12 @@ def inspect(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     device: Device = "cpu",
+    pooling: Pooling = None,
+    activation: Activation = None,
+    queries: Queries = None,
+    quantize: Annotated[
+        str, typer.Option(metavar="LIST", help="Also what rounding the weights takes: x100, or bits: 8,4.")
+    ] = "",
     check: Annotated[bool, typer.Option("--check", help="Leave with 1 unless every verdict is ok.")] = False,
     plot: Plot = None,
     output: Output = None,
@@ -62,6 +75,7 @@ def inspect(
     Statistics of the weights and of the pooled outputs, against a reference, with a verdict.
     """
     voice = begin(f"inspecting {', '.join(backbones)}", quiet, debug, run_folder)
+    deployed = _deployment(pooling, activation, queries, quantize, weights_only)
     from headscale.api import find_reference, inspect_in_run
     from headscale.render import INSPECT_COLUMNS, inspect_rows, show, write_document
 
@@ -81,6 +95,12 @@ def inspect(
                     is_reference=name == reference,
                     loading=watched(loading, bar),
                 ),
+                voice,
+                name,
+            )
+        if inspection is not None and deployed is not None:
+            inspection = attempt(
+                lambda name=name, one=inspection: _with_deployment(one, loading.open(name), chosen, deployed),  # type: ignore[misc]
                 voice,
                 name,
             )
@@ -231,12 +251,55 @@ def profile(
     print(output)
 
 
+def _deployment(
+    pooling: str | None, activation: str | None, queries: str | None, quantize: str, weights_only: bool
+) -> Setup | None:
+    """How the backbones are going to be deployed; None where no option says so."""
+    if not (pooling or activation or queries or quantize):
+        return None
+    from headscale.deployment import check_options
+    from headscale.evaluation import Setup
+    from headscale.impacts import roundings
+
+    check_options(pooling, activation, queries)
+    names = tuple(one.name for one in roundings(quantize))
+    if weights_only:
+        raise UsageError("`--weights-only` runs no text, so it knows nothing of pooling", "leave one of them out")
+    return Setup(pooling=pooling, activation=activation, queries=queries, quantize=names)
+
+
+def _with_deployment(inspection: Inspection, backbone: Any, texts: Any, setup: Setup) -> Inspection:
+    from dataclasses import replace
+
+    from headscale.deployed import measure_deployed
+
+    return replace(inspection, deployed=measure_deployed(backbone, texts, setup))
+
+
+def _explain_deployment(inspection: Inspection, voice: Voice) -> None:
+    from headscale.deployment import remarks
+
+    found = inspection.deployed
+    if found is None:
+        return
+    voice.note(
+        f"  deployed with {found.pooling} pooling, {found.activation}, queries by {found.queries}:"
+        f" loss {found.loss_over_ln_n:.3g} ln N, score sd {found.score_sd:.3g},"
+        f" {found.active_dims_query:.0f}/{found.active_dims_document:.0f} dims"
+    )
+    for one in found.impacts:
+        voice.note(f"  {one.rounding}: {one.word}, {one.lost_document:.2%} of the documents' weights lost")
+    for remark in remarks(found.pooling, found.queries != "model", found.impacts):
+        voice.note(f"  {remark}")
+
+
 def _explain(inspection: Any, voice: Voice) -> None:
     from headscale.diagnosis import causes
 
     voice.note(f"{inspection.name}: {judged(inspection.verdict)}")
     for cause in causes(inspection.verdict, inspection.output, inspection.vocabulary):
         voice.note(f"  {cause}")
+    _explain_deployment(inspection, voice)
     for warning in inspection.warnings:
         voice.warn(f"{inspection.name}: {warning}")
 
@@ -245,6 +308,11 @@ def _advise(calibration: Any, voice: Voice) -> None:
     voice.note(f"{calibration.name}: {judged(calibration.verdict)}")
     voice.note(f"  {calibration.match}: {calibration.match_reason}")
     lines = [calibration.disagreement, *calibration.advice]
+    if calibration.scale is not None and calibration.scale < 1:
+        lines.append(
+            "stored as impacts, pooled by sum, or with inference-free queries? `headscale inspect DIR --quantize x100"
+            " --pooling sum --queries idf` says what the constant does there"
+        )
     advice = calibration.lambda_advice
     if advice.query and advice.document:
         lines.append(f"multiply lambda by {advice.query:.3g} (queries) and {advice.document:.3g} (documents)")

@@ -385,6 +385,37 @@ class Verdict(Record):
 
 
 @dataclass(frozen=True)
+class Impacts(Record):
+    """What rounding to whole numbers does to the weights of a collection; shares are of the weights above zero."""
+
+    rounding: str  # `x100`, or a number of bits
+    word: str  # `kept`: no weight became 0; `thinned`: some did; `emptied`: a text lost its last one
+    step_query: float  # weights below half of it become 0
+    step_document: float
+    largest: int  # impact
+    lost_query: float
+    lost_document: float
+    emptied: int  # texts that had an active term and have none left
+
+
+@dataclass(frozen=True)
+class Deployed(Record):
+    """What a backbone puts out with another pooling, another query side, or whole numbers."""
+
+    pooling: str  # over positions: `max` or `sum`
+    activation: str  # inside log1p: `relu` or `log1p_relu`
+    queries: str  # `model`, or where the IDF table that stands for it is from
+    active_dims_query: float  # mean
+    active_dims_document: float
+    active_weight_query: float  # mean over active terms
+    active_weight_document: float
+    score_mean: float  # of in-batch scores
+    score_sd: float
+    loss_over_ln_n: float
+    impacts: tuple[Impacts, ...] = ()
+
+
+@dataclass(frozen=True)
 class Inspection(Record):
     """Everything `inspect` knows of one backbone; outputs are None with weights only."""
 
@@ -401,6 +432,7 @@ class Inspection(Record):
     verdict: Verdict
     warnings: tuple[str, ...] = ()
     bytes_read: int | None = None  # of headers and tensors, where they were read from a checkpoint
+    deployed: Deployed | None = None  # where another pooling, query side or rounding was asked for
 
 
 @dataclass(frozen=True)
@@ -593,20 +625,6 @@ class Sparsity(Record):
     max_weight: float | None  # None where the vectors have no weights of their own
     flops_reg: float | None  # sum over terms of (mean activation)^2
     non_finite: int  # texts with a weight that is not finite
-
-
-@dataclass(frozen=True)
-class Impacts(Record):
-    """What rounding to whole numbers does to the weights of a collection; shares are of the weights above zero."""
-
-    rounding: str  # `x100`, or a number of bits
-    word: str  # `kept`: no weight became 0; `thinned`: some did; `emptied`: a text lost its last one
-    step_query: float  # weights below half of it become 0
-    step_document: float
-    largest: int  # impact
-    lost_query: float
-    lost_document: float
-    emptied: int  # texts that had an active term and have none left
 
 
 @dataclass(frozen=True)

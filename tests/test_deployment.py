@@ -373,3 +373,44 @@ def test_an_interrupted_evaluation_goes_on_in_its_cell(
 def test_options_are_judged_before_anything_is_loaded(options: list[str], message: str, capsys: Any) -> None:
     assert run(["evaluate", "nowhere/at-all", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_measures_what_is_deployed(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Against sentence-transformers' own SpladePooling on the same texts."""
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    words = np.random.default_rng(5).integers(5, VOCAB, size=(32, 6))
+    rows = [[" ".join(f"w{w}" for w in row[:2]), " ".join(f"w{w}" for w in row)] for row in words]
+    file = tmp_path / "pairs.tsv"
+    file.write_text("".join("\t".join(row) + "\n" for row in rows))
+    options = ["--pairs", str(file), "--pooling", "sum", "--activation", "log1p_relu", "--quantize", "x100,4"]
+    common = ["inspect", str(folder), "--run", str(tmp_path / "runs"), "--reference", str(folder)]
+    assert run([*common, *options, "--json"]) == 0
+    out = capsys.readouterr()
+    (found,) = json.loads(out.out)["results"]
+    deployed = found["deployed"]
+    assert (deployed["pooling"], deployed["activation"], deployed["queries"]) == ("sum", "log1p_relu", "model")
+    assert "sum pooling: a constant keeps which terms are active" in out.err
+    opened = load_backbone(folder)
+    pooled = []
+    for side in (0, 1):
+        tokens = opened.tokenizer([row[side] for row in rows], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            logits = opened.model(**tokens).logits
+        features = {"token_embeddings": logits, "attention_mask": tokens["attention_mask"]}
+        pooled.append(SpladePooling("sum", "log1p_relu").eval()(features)["sentence_embedding"].double())
+    scores = pooled[0] @ pooled[1].T
+    loss = torch.nn.functional.cross_entropy(scores, torch.arange(32))
+    assert deployed["loss_over_ln_n"] == pytest.approx(float(loss) / math.log(32), rel=1e-4)
+    assert deployed["score_sd"] == pytest.approx(float(scores.std()), rel=1e-4)
+    assert deployed["active_dims_document"] == pytest.approx(float((pooled[1] > 0).sum(1).double().mean()))
+    lost = [float(((pooled[1] > 0) & ((pooled[1] / s).round() == 0)).sum() / (pooled[1] > 0).sum())
+            for s in (0.01, float(pooled[1].max()) / 15)]  # fmt: skip
+    assert [one["lost_document"] for one in deployed["impacts"]] == pytest.approx(lost, abs=2e-3)
+    assert run([*common, "--pairs", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["deployed"] is None
+    assert run([*common, "--weights-only", "--pooling", "sum"]) == 2
+    assert "`--weights-only` runs no text" in capsys.readouterr().err
