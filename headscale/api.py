@@ -308,6 +308,7 @@ def calibrate_in_run(
     calibration = choose(measured, reference, choice)
     if save is not None and calibration.scale is not None:
         assert measured.backbone is not None
+        loading.say(f"writing `{save}`, then loading it to hold its logits against those of `{name}`")
         written = write(measured.backbone, calibration, save, mode, overwrite=overwrite)
         calibration = replace(calibration, written=written)
     configuration = {

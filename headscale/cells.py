@@ -65,7 +65,7 @@ def cell_folder(run: Path, kind: str, label: str, key: str) -> Path:
 def write_cell(
     folder: Path, kind: str, configuration: dict[str, Any], result: dict[str, Any], *, status: str = "done"
 ) -> Path:
-    """Write a cell's `cell.json`; returns its path.
+    """Write a cell's `cell.json`, with the versions and the machine that made it beside it; returns its path.
 
     Args:
         folder: from `cell_folder`.
@@ -74,6 +74,8 @@ def write_cell(
         result: plain JSON values (a record's `to_dict()`).
         status: `done`, or what kept it from that.
     """
+    from headscale.environment import environment
+
     content = {
         "schema": SCHEMA,
         "kind": kind,
@@ -81,6 +83,7 @@ def write_cell(
         "key": cell_key(configuration),
         "result": result,
         "status": status,
+        "env": environment(),
     }
     write_json(folder / CELL, content)
     return folder / CELL

@@ -96,7 +96,7 @@ class Results(Record):
     Args:
         references: names of the backbones that the others are held against.
         unreadable: (path, sentence) of what is there and cannot be read.
-        environments: of the documents among the inputs, which keep it.
+        environments: versions and machines of what made them, each once; cells of early versions do not say.
         inputs: the paths as given.
     """
 
@@ -195,12 +195,17 @@ class _Found:
             except HeadscaleError as error:
                 self.unreadable[str(folder)] = error.message
 
+    def _made_with(self, environment: Any) -> None:
+        if isinstance(environment, dict) and environment not in self.environments:
+            self.environments.append(environment)
+
     def cell(self, file: Path) -> None:
         if not file.is_file():
             self._begun(file.parent)
             return
         cell = read_cell(file)
         kind, configuration, result, key = (cell[n] for n in ("kind", "configuration", "result", "key"))
+        self._made_with(cell.get("env"))
         if kind == "trial":
             self._training(cell, file.parent)
         elif kind == "inspect":
@@ -261,8 +266,7 @@ class _Found:
         }
         for result in content["results"]:
             readers[command](result, file)
-        if isinstance(content.get("env"), dict):
-            self.environments.append(content["env"])
+        self._made_with(content.get("env"))
 
     def _arm(self, arm: TrialResult) -> None:
         for cell in arm.cells:

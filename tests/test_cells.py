@@ -15,6 +15,7 @@ from headscale import api, cells
 from headscale.activations import Encoding
 from headscale.api import Loading, inspect_in_run, inspected_names
 from headscale.cells import CELL, cell_folder, cell_key, find_cells, finished, read_cell, write_cell, write_json
+from headscale.environment import environment
 from headscale.errors import HeadscaleError, NotFoundError, UnreadableError
 from headscale.inspection import texts_of
 from headscale.texts import Pair
@@ -123,6 +124,7 @@ def test_a_cell_through_its_file(tmp_path: Path) -> None:
         "key": cell_key(CONFIGURATION),
         "result": {"loss": 1.5},
         "status": "done",
+        "env": environment(),
     }
     assert files(tmp_path) == ["c/cell.json"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,15 +184,16 @@ def _environment(results: Results) -> Iterable[Fact]:
     """What the results were made with, as far as they keep it; then what drew this page."""
     from headscale.environment import environment
 
-    versions = Counter(v for one in results.trainings if (v := one.configuration.get("headscale")))
-    if versions:
+    versions = dict.fromkeys(v for one in results.trainings if (v := one.configuration.get("headscale")))
+    if versions and not results.environments:
         yield Fact("trained with headscale", ", ".join(versions))
     runs = [one.cell.run for one in results.trainings if one.cell is not None]
     devices = {f"{run.device} ({run.device_reason})" for run in runs}
     if devices:
         yield Fact("trained on", _listed(sorted(devices), 3))
     for number, found in enumerate(results.environments, start=1):
-        yield Fact(f"document {number} was made with", _versions(found))
+        several = f" ({number})" if len(results.environments) > 1 else ""
+        yield Fact(f"made with{several}", f"headscale {found.get('headscale')}, {_versions(found)}")
     yield Fact("page drawn with", f"headscale {__version__}, {_versions(environment())}")
 
 
