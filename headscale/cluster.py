@@ -142,11 +142,11 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     try:
         # What workers print is theirs: stdout is the result alone.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ImportError, ConnectionError, ValueError, RuntimeError, AssertionError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, AssertionError, ray.exceptions.RayError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise HeadscaleError(
             f"no Ray cluster can be joined at `{address}`: {reason[:1].lower()}{reason[1:]}",
-            "`ray start --head` starts one and prints its address; `--ray local` needs none",
+            "`ray start --head` starts one and prints its address; set `RAY_AUTH_MODE=token` if it asks for a token",
         ) from error
     try:
         yield
