@@ -314,7 +314,7 @@ def nano(folder, split="train"):
     corpus = [{"_id": row["_id"], "text": f"{row.get('title', '')} {row['text']}".strip()} for row in CORPUS]
     for name, rows in (("corpus", corpus), ("queries", QUERIES), ("qrels", qrels)):
         (folder / name).mkdir()
-        half = 1 + len(rows) // 2
+        half = (1 + len(rows)) // 2
         schema = pyarrow.schema({key: pyarrow.string() for key in rows[0]})
         for i, part in enumerate((rows[:half], rows[half:])):
             file = folder / name / f"{split}-0000{i}-of-00002.parquet"
@@ -387,6 +387,24 @@ def test_a_dataset_streams(dataset):
     assert read_pairs(f"hf:{dataset}?query=positive&document=anchor")[0] == Pair("p1", "q1", ("n1",), (2.0, 1.0))
     copied = [file for file in (dataset.parent / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
     assert copied == []
+
+
+def test_a_collection_of_subsets_streams(tmp_path, monkeypatch):
+    """As `hf:zeta-alpha-ai/NanoMSMARCO`: the card names the subsets."""
+    from headscale.collection import read_collection
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    nano(folder)
+    subsets = [f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*" for name in
+               ("corpus", "queries", "qrels")]  # fmt: skip
+    (folder / "README.md").write_text("---\nconfigs:\n" + "\n".join(subsets) + "\n---\n")
+    found, local = read_collection(f"hf:{folder}"), read_collection(folder)
+    assert (found.qrels, found.documents, found.queries) == (local.qrels, local.documents, local.queries)
+    with pytest.raises(NotFoundError, match=r"hf:.*nano:corpus:dev` cannot be read"):
+        read_collection(f"hf:{folder}:dev")
 
 
 @pytest.mark.parametrize(
