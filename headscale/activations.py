@@ -307,11 +307,11 @@ def representation(largest: Tensor, scale: float, *, shift: float = 0.0, kept_bi
         shift: added to the logits before the scale.
         kept_bias: (vocab,) the bias b where the policy is to keep it.
     """
-    import torch
-
     if kept_bias is not None:
-        return torch.log1p(torch.relu(scale * (largest - kept_bias + shift) + kept_bias))
-    return torch.log1p(torch.relu(scale * (largest + shift) if shift else scale * largest))
+        logits = scale * (largest - kept_bias + shift) + kept_bias
+    else:
+        logits = scale * (largest + shift) if shift else scale * largest
+    return logits.relu_().log1p_()  # in place: of fifty constants, fresh pages cost more than the logarithms
 
 
 def output_statistics(
