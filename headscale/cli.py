@@ -15,6 +15,7 @@ import typer
 from typer.models import CommandInfo
 
 from headscale import __version__, encoding_commands, measuring_commands, report_commands, training_commands
+from headscale.environment import launched_rank
 from headscale.errors import HeadscaleError, UsageError
 from headscale.options import Debug, Json, Quiet
 from headscale.render import Voice
@@ -76,7 +77,8 @@ def _name(command: CommandInfo) -> str:
 def _fail(error: HeadscaleError) -> int:
     if state["debug"]:
         raise error
-    if state["silent"]:  # another process says it, and its exit code counts
+    # Another process says it, and its exit code counts; all have the same arguments.
+    if state["silent"] or (launched_rank() > 0 and isinstance(error, UsageError)):
         return 0
     voice = Voice(errors=[])
     voice.error(error)

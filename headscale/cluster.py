@@ -48,7 +48,7 @@ class Answer:
     Args:
         headscale: the worker's version.
         status, message, hint: of the outcome.
-        files: of the cell's folder, by name.
+        files: of the cell's folder, by name; none where nothing was run.
     """
 
     headscale: str
@@ -200,6 +200,8 @@ def _outcome(ray: Any, reference: Any, configuration: Configuration, run: Path) 
             f"the cluster's workers have headscale {answer.headscale}, and this is {__version__}",
             f"install headscale {__version__} on every node of the cluster",
         )
+    if not answer.files:
+        return failed(configuration, run, answer.message, answer.hint)
     folder = folder_of(configuration, run)
     for name in sorted(answer.files, key=lambda name: name == cells.CELL):  # which says that the others are whole
         cells.write_text(folder / name, answer.files[name])
@@ -223,7 +225,10 @@ def run_on_worker(configuration: Configuration, parcels: dict[str, list[Any]], o
 
     torch.set_num_threads(order.threads)
     bench = _bench(order.sweep)
-    _unpack(configuration, parcels, bench)
+    try:
+        _unpack(configuration, parcels, bench)
+    except HeadscaleError as error:
+        return Answer(__version__, "failed", error.message, error.hint)
     with tempfile.TemporaryDirectory() as place:
         outcome = attempt(configuration, Path(place), bench)
         folder = folder_of(configuration, Path(place))

@@ -316,7 +316,7 @@ def launched(device: str = "auto") -> Iterator[Team]:
         device: of the training: "cpu" talks over gloo, GPUs over nccl.
 
     Raises:
-        UsageError: fewer GPUs than processes on this machine.
+        HeadscaleError: fewer GPUs than processes on this machine.
     """
     if launched_processes() == 1:
         yield Team()
@@ -327,7 +327,7 @@ def launched(device: str = "auto") -> Iterator[Team]:
     if backend == "nccl":
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
-            raise UsageError(
+            raise HeadscaleError(
                 f"there is no GPU for process {local_rank} of this machine",
                 f"start {torch.cuda.device_count()} processes a machine, or use `--device cpu`",
             )

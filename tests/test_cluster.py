@@ -41,10 +41,13 @@ def test_options_that_do_not_go_together(capsys: Any, options: list[str], expect
 
 
 def test_a_sweep_cannot_be_started_several_times_over(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
         monkeypatch.setenv(name, value)
     assert run(["sweep", "bundled:tiny-bert"]) == 2
     assert "processes of `torchrun`" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # the first process says it, and leaves with the exit code
+    assert run(["sweep", "bundled:tiny-bert"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_nothing_to_do_needs_no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
