@@ -128,7 +128,8 @@ def stages(temperature: float, lambda_share: tuple[float, float], shifts: dict[s
             *grid(MODERN, at((4.0, 1 / 2, 1 / 8), (4.0,)), seeds=(0,)),
             *grid(BERT, at((1 / 2, 1 / 8, 1 / 32), (4.0,)), seeds=rest),
             *grid(MODERN, at((1.0, 1 / 4, 1 / 16), (4.0,)), seeds=rest),
-            *grid(BERT, at((4.0, 1 / 64)), seeds=(0,)), *grid(MODERN, at((16.0, 1 / 16)), seeds=(0,)),
+            *grid(BERT, at((4.0, 16.0)), seeds=few), *grid(MODERN, at((4.0, 16.0)), seeds=few),
+            *grid(BERT, at((1 / 64,)), seeds=(0,)), *grid(MODERN, at((1 / 16,)), seeds=(0,)),
         ],
         # How a constant can be written, over seeds.
         "modes": [

@@ -115,7 +115,8 @@ def report(_: object = None) -> None:
             for kind in study_judging.KINDS
         },
         "AGREED": study_judging.sentence(nested["by_point"]["agreed"]),
-        "TRANSFER": study_judging.sentence(found["transfer"]["together"]) if found["transfer"] else "not run",
+        "TRANSFER": study_judging.sentence(found["transfer"]["together"]),
+        "TRANSFER_FIXED": study_judging.sentence(found["transfer_fixed"]["together"]),
         "LABELS": f"below {FAIL_RELATIVE:.0%} of the best cell's MRR@10 a run failed, below {DEGRADED_RELATIVE:.0%} "
         f"it is degraded, and above {DENSE_SHARE:.1%} of the vocabulary per document it is dense",
     }  # fmt: skip
