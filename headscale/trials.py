@@ -224,7 +224,7 @@ def run_cell(
     if team.is_first:
         (folder / cells.CELL).unlink(missing_ok=True)  # of an interrupted or failed attempt
     try:
-        with following(bench.track, folder, configuration, on_step) as watch:
+        with following(bench.track if team.is_first else None, folder, configuration, on_step) as watch:
             cell, model, interrupted = _train_cell(configuration, folder, bench, watch)
     finally:
         if team.is_first:
