@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields, replace
 from functools import cache
@@ -312,6 +313,44 @@ def test_curves_of_a_run_that_goes_on() -> None:
     figure = figures.draw_curves(tables.curves(Results(trainings=running)))
     assert "no verdict yet" in " ".join(t.get_text() for t in figure.texts)
     assert overlapping(figure) == []
+
+
+def test_curves_without_a_finite_number(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": i, "loss_over_ln_n": None, "active_dims_document": 0.0}) + "\n" for i in range(5)]
+    (tmp_path / "steps.jsonl").write_text("".join(lines))
+    dead = replace(golden().trainings[0], folder=str(tmp_path))
+    figure = figures.draw_curves(tables.curves(Results(trainings=(dead,))))
+    assert overlapping(figure) == []
+    assert "<svg" in figures.to_svg(figure)
+
+
+def test_published_figures_are_drawn_beside_the_inspected_norms() -> None:
+    inspections = many(6).inspections
+    values = [50 - 5 * np.log(i.weights.frobenius) for i in inspections]
+    published = pd.DataFrame({"backbone": [i.name for i in inspections], "metric": "BEIR-13", "value": values})
+    figure = figures.draw_norm_effectiveness(tables.norm_effectiveness(Results(inspections), published))
+    said = " ".join(t.get_text() for t in figure.texts)
+    assert "rho -1.00" in said
+    assert figure.axes[0].get_ylabel() == "BEIR-13 [points]"
+    assert {"backbone-000", "backbone-005"} <= {t.get_text().rsplit("/", 1)[-1] for t in figure.axes[0].texts}
+    assert overlapping(figure) == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(35.0, 35.9), (2.1, 4.5), (0.3, 7.0), (1e-3, 2e4), (900, 1100)])
+def test_a_log_axis_has_labels_however_short_or_long(low: float, high: float) -> None:
+    from matplotlib.figure import Figure
+
+    from headscale.figures.points import log_axis
+
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot([low, high], [0, 1])
+    log_axis(ax)
+    figure.draw_without_rendering()
+    left, right = ax.get_xlim()
+    shown = [t.label1.get_text() for t in ax.xaxis.get_major_ticks() if left <= t.get_loc() <= right]
+    assert 2 <= len(shown) <= 12
+    assert len(set(shown)) == len(shown)
 
 
 # --- names and places ----------------------------------------------------------------------------------------------

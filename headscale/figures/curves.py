@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,7 @@ def training_curves(
     import numpy as np
 
     figure, (ax,) = panels(None, 1, 1, size=(7.0, 4.2))
-    colours = iter(COLOURS)
+    colours = itertools.cycle(COLOURS)
     ends = []
     for name, seeds in runs:
         length = min(len(run.steps) for run in seeds)

@@ -155,15 +155,18 @@ def intervals_key(data: DataFrame) -> str:
 
 
 def log_axis(ax: Axes, which: str = "x") -> None:
-    """A log axis whose ticks are plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """A log axis whose ticks are plain numbers, few enough to read and at least two however short it is."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axis = ax.xaxis if which == "x" else ax.yaxis
     (ax.set_xscale if which == "x" else ax.set_yscale)("log")
     low, high = sorted(axis.get_view_interval())
-    wide = high / max(low, 1e-300) > 300
-    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+    span = high / max(low, 1e-300)
+    if span < 10:  # too short for a power of ten and its half
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0,) if span > 300 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1000 else f"{v:g}"))
     axis.set_minor_locator(NullLocator())  # minor ticks take half the time of a figure and tell nothing
 
 
