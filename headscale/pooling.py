@@ -1,4 +1,10 @@
-"""The SPLADE head, max over positions of log1p(relu(h W^T + b)), without ever holding [batch, seq, vocab]."""
+"""The SPLADE head, max over positions of log1p(relu(h W^T + b)), without ever holding [batch, seq, vocab].
+
+On its own, in any trainer: `vectors = splade_pool(hidden, weight, bias, attention_mask)`, differentiable, where
+`hidden` is the input of the vocabulary product (`headscale.head.load_head(model).features(**tokens)` finds it);
+`SpladeHead` is the same as a module, `max_logits` the maxima and positions without gradient. `torch.compile` may
+surround any of them. `choose_implementation` names what runs; the `implementation` argument decides it.
+"""
 
 from __future__ import annotations
 
