@@ -157,7 +157,7 @@ def remarks(
         texts = f", and {lost.emptied} texts have none left" if lost.emptied else ""
         absolute = lost.rounding == "x100"
         why = f": what is below 0.005 is gone, and {scaled} makes every weight smaller"
-        why = why if absolute else "; the step is a share of the largest weight, so a constant hardly matters"
+        why = why if absolute else "; the step is a share of the largest weight, so a constant tells only through the bend of log1p"
         said.append(f"{lost.rounding}{'' if absolute else ' bit'}: {lost.word}: {how}{texts}{why}")
     return said
 
