@@ -23,7 +23,7 @@ from headscale.texts import builtin_pairs
 from headscale.training import TrainingConfig, train
 
 PACKAGES = ("stdlib", "numpy", "pandas", "scipy")
-TOLERANCE = 0.25  # a batch of 32 against the 64 pairs of the advice: measured 3 to 11 % on the bundled backbones
+TOLERANCE = 0.05  # a batch of 32 against the advice's own texts: at most 0.9 % on the bundled backbones, seed 0
 
 
 def options() -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main() -> None:
     scale = float(given.scale)
     base = demo_config(given.seed).replace(steps=given.steps)  # batch 32, 16 and 48 tokens, lr 3e-4, lambda 3e-3 / 1e-3
 
-    # 1. What calibrate says, from the 64 built-in pairs that it measures.
+    # 1. What calibrate says, from built-in pairs that the training does not have.
     found = headscale.calibrate(
         given.backbone,
         reference="bundled:tiny-bert",
