@@ -94,7 +94,8 @@ def report_of(
 def _title(results: Results) -> str:
     from headscale.results import backbones
 
-    names = [name.removeprefix("bundled:") for name in backbones(results)]
+    guessed = {one.backbone for one in results.trainings if "lr" not in one.training}  # from the names of folders
+    names = [name.removeprefix("bundled:") for name in backbones(results) if name not in guessed]
     return f"headscale: {_listed(names, 3)}" if names else "headscale"
 
 

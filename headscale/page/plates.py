@@ -33,6 +33,11 @@ class Plate:
     figure: Figure | None
     absent: str = ""
 
+    @property
+    def reason(self) -> str:
+        """Why it is not drawn, without the figure's name that errors begin with."""
+        return self.absent.partition(": ")[2] or self.absent
+
 
 def plates(results: Results, keys: Sequence[str], *, published: DataFrame | None = None) -> Iterator[Plate]:
     """Figures in their order, each drawn when it is asked for.

@@ -207,6 +207,8 @@ def test_the_page_prints_without_its_controls_and_with_whole_tables(opened: Any,
     assert page.evaluate("getComputedStyle(document.querySelector('.scroll')).maxHeight") == "none"
     assert page.evaluate("getComputedStyle(document.querySelector('figure')).breakInside") == "avoid"
     assert luminance(rgba(page.evaluate("getComputedStyle(document.body).backgroundColor"))) > 0.9
+    page.set_viewport_size({"width": 688, "height": 1000})  # A4 less the margins of 14 mm, at 96 dpi
+    assert page.evaluate("document.documentElement.scrollWidth") <= 688
     page.pdf(path=str(tmp_path / "page.pdf"), format="A4")
     content = (tmp_path / "page.pdf").read_bytes()
     assert content.startswith(b"%PDF-")
