@@ -217,7 +217,9 @@ class Watching:
 
     def _rates(self, name: str) -> dict[str, float]:
         """`lr` or `initial_lr` of each side's optimizer group; 0 for one that is not trained."""
-        rates = {id(p): float(group[name]) for group in self.optimizer.param_groups for p in group["params"]}
+        rates = {
+            id(p): float(group.get(name, group["lr"])) for group in self.optimizer.param_groups for p in group["params"]
+        }
         return {side: next((rates[id(p)] for p in own if id(p) in rates), 0.0) for side, own in self.sides.items()}
 
     def _gradients(self) -> dict[str, float | None]:
