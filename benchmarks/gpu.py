@@ -342,7 +342,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes and no compiler: a dry run of every path")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=480, help="start no contender after these")
+    parser.add_argument("--seconds", type=float, default=400, help="start no contender after these")
     parser.add_argument("--seed", type=int, help="of the random inputs; drawn from the clock if left out")
     parser.add_argument("--tune", action="store_true", help="also time other block sizes of the kernel")
     parser.add_argument("--json", type=Path)
