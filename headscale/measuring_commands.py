@@ -277,11 +277,11 @@ def _with_deployment(inspection: Inspection, backbone: Any, texts: Any, setup: S
 
 
 def _explain_deployment(inspection: Inspection, voice: Voice) -> None:
-    from headscale.deployment import remarks
-
     found = inspection.deployed
     if found is None:
         return
+    from headscale.deployment import remarks  # it imports torch, which looking at weights does without
+
     voice.note(
         f"  deployed with {found.pooling} pooling, {found.activation}, queries by {found.queries}:"
         f" loss {found.loss_over_ln_n:.3g} ln N, score sd {found.score_sd:.3g},"
