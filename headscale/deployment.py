@@ -156,8 +156,9 @@ def remarks(
         how = f"{lost.lost_document:.1%} of the documents' weights and {lost.lost_query:.1%} of the queries' became 0"
         texts = f", and {lost.emptied} texts have none left" if lost.emptied else ""
         absolute = lost.rounding == "x100"
-        why = f": what is below 0.005 is gone, and {scaled} makes every weight smaller"
-        why = why if absolute else "; the step is a share of the largest weight, so a constant tells only through the bend of log1p"
+        why = "; the step is a share of the largest weight: a constant tells only through the bend of log1p"
+        if absolute:
+            why = f": what is below 0.005 is gone, and {scaled} makes every weight smaller"
         said.append(f"{lost.rounding}{'' if absolute else ' bit'}: {lost.word}: {how}{texts}{why}")
     return said
 
