@@ -105,7 +105,7 @@ def stages(temperature: float, lambda_share: tuple[float, float], shifts: dict[s
             *grid(FAILING, at((1.0,)), shift=shifts[FAILING]), *grid(REFERENCE, at((4.0,)), shift=-2.0),
             *grid(FAILING, [(1.0, 4.0), (1 / 8, 4.0), (1 / 2, 4.0)], seeds=(0,), shift=shifts[FAILING]),
             *grid(BERT, at((1.0,)), shift=shifts.get(BERT, 0.0)),
-            *grid(MODERN, at((1.0,)), seeds=(0,), shift=shifts.get(MODERN, 0.0)),
+            *grid(MODERN, at((1.0,)), shift=shifts.get(MODERN, 0.0)),
             *(c for part in (0.5, 0.75, 1.25) for c in
               grid(FAILING, at((1.0,)), seeds=(0,), shift=part * shifts[FAILING])),
             *grid(FAILING, at((1 / 8,), (4.0,)), seeds=rest, shift=shifts[FAILING]),
@@ -117,16 +117,20 @@ def stages(temperature: float, lambda_share: tuple[float, float], shifts: dict[s
         "fronts": [
             *sparser(fronts, 4.0), *sparser(fronts, 1 / 2), *sparser(fronts, 16.0), *sparser(fronts, 1 / 8),
         ],
-        # More backbones: does what was found on four hold?
+        # More backbones, of another size: does what was found on four hold?
         "others": [
-            *(cell for name in OTHERS for cell in untouched(name, few)),
-            *(cell for name in OTHERS for cell in grid(name, at((1 / 4, 1 / 16, 1 / 64), (4.0,)), seeds=(0,))),
-            *(cell for name in OTHERS for cell in grid(name, at((1.0, 1 / 16)), seeds=(0,))),
+            *(c for name in OTHERS for c in untouched(name, (0,))),
+            *(c for name in OTHERS for c in grid(name, at((1.0,)), seeds=(0,), shift=shifts.get(name, 0.0))),
+            *(c for name in OTHERS for c in grid(name, at((1 / 8,), (4.0,)), seeds=(0,))),
+            *(c for name in OTHERS for c in grid(name, at((1 / 16,)), seeds=(0,))),
+            *(c for name in OTHERS for c in untouched(name, rest)),
+            *(c for name in OTHERS for c in grid(name, at((1.0,)), seeds=rest, shift=shifts.get(name, 0.0))),
+            *(c for name in OTHERS for c in grid(name, at((1 / 4, 1 / 32), (4.0,)), seeds=(0,))),
         ],
         "held-out": [
             *grid(BERT, at((1 / 4, 1 / 16, 1.0), (4.0,)), seeds=(0,)),
             *grid(MODERN, at((4.0, 1 / 2, 1 / 8), (4.0,)), seeds=(0,)),
-            *grid(BERT, at((1 / 2, 1 / 8, 1 / 32), (4.0,)), seeds=rest),
+            *grid(BERT, at((1 / 4, 1 / 2, 1 / 8, 1 / 32), (4.0,)), seeds=rest),
             *grid(MODERN, at((1.0, 1 / 4, 1 / 16), (4.0,)), seeds=rest),
             *grid(BERT, at((4.0, 16.0)), seeds=few), *grid(MODERN, at((4.0, 16.0)), seeds=few),
             *grid(BERT, at((1 / 64,)), seeds=(0,)), *grid(MODERN, at((1 / 16,)), seeds=(0,)),

@@ -43,8 +43,8 @@ MATCH_FACTOR = 2.0
 # Norm matching is trusted while it agrees with the outputs within this factor.
 AGREEMENT_FACTOR = 2.0
 # A masked LM's own loss does not see a constant added to all logits, so nothing pins their level; where it drifted up,
-# far more terms are active than in the reference, and moving the bias back beat every constant on two backbones with 13
-# and 64 times as many, and did no harm on one with 2.2 times (reports/study.md).
+# far more terms are active than in the reference, and moving the bias back beat every constant on four backbones with 8
+# to 64 times as many, and did no harm on one with 2.2 times (reports/study.md).
 SHARE_FACTOR = 2.0
 # Better than 1 at every constant from 1/4 to 1/256 of the failing bundled backbone, and two to four times sparser
 # (reports/study.md: tiny backbones, lr 3e-4, the only value tried beside 1).
