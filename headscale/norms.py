@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def stored_weight_statistics(
     if gain is not None and head.norm_kind == "one_plus":
         gain = 1.0 + gain
     return weight_statistics(
-        _stored_blocks(checkpoint, stored),
+        _ahead(_stored_blocks(checkpoint, stored)),
         bias=bias,
         gain=gain,
         special_ids=special_ids,
@@ -232,6 +233,15 @@ def _stored_blocks(checkpoint: Checkpoint, stored: StoredHead) -> Iterator[tuple
     extra = [checkpoint.tensor(key).T for key in rest]
     for start, rows in checkpoint.row_blocks(first, max_bytes=_BLOCK_BYTES):
         yield start, np.concatenate([rows, *(e[start : start + len(rows)] for e in extra)], axis=1) if extra else rows
+
+
+def _ahead(blocks: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """The same blocks, the next one read while this one is summed."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 def _loaded_blocks(loaded: LoadedHead) -> Iterator[tuple[int, np.ndarray]]:
