@@ -79,7 +79,7 @@ def _environment() -> Environment:
         loader=FunctionLoader(_asset), autoescape=lambda name: bool(name) and str(name).endswith(".html"),
         keep_trailing_newline=True,
     )  # fmt: skip
-    found.filters.update(words=_words, md=_md, fenced=_fenced)
+    found.filters.update(words=_words, md=_md, fenced=_fenced, breakable=_breakable)
     return found
 
 
@@ -91,6 +91,13 @@ def _words(text: str) -> Any:
     if len(parts) % 2 == 0:  # a backtick that is none of ours
         return escape(text)
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def _breakable(name: str) -> Any:
+    """A name that may go on in a second line behind its underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
 def _md(text: str) -> str:
