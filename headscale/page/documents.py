@@ -48,7 +48,7 @@ def as_markdown(report: Report, files: dict[str, str]) -> str:
         report: what it says.
         files: where each figure is, by key, as links are written.
     """
-    text = _environment().get_template("page.md").render(report=report, files=files)
+    text = _environment().get_template("page.md.jinja").render(report=report, files=files)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
