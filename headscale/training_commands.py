@@ -202,7 +202,7 @@ def sweep(
     from headscale.interop.tracking import check_backend, track_cell
     from headscale.live import Logs
     from headscale.render import SWEEP_COLUMNS, show, write_document
-    from headscale.trials import Bench, TextSource, calibrated, configuration_of, negatives_of, planned
+    from headscale.trials import Bench, TextSource, calibrated, configuration_of, folder_of, negatives_of, planned
 
     source = TextSource(pairs, test_pairs, candidates=candidates)
     changes = _changes(locals())
@@ -255,7 +255,7 @@ def sweep(
                 failures += 1
                 voice.error(HeadscaleError(outcome.message, outcome.hint), outcome.configuration["backbone"])
             elif track is not None:
-                track_cell(track, grid.folder_of(outcome.configuration, run_folder))
+                track_cell(track, folder_of(outcome.configuration, run_folder))
             bar(done, todo, f"{failures} failed" if failures else "")
     rows = [grid.row_of(one, run_folder) for one in plan]
     if as_json:
