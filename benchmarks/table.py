@@ -142,7 +142,7 @@ BARS = [
         within_rounds(_PEER, "drop-in"), _STEP),
     Bar("SparseEncoderTrainer's peak with / without the drop-in", "trial_step", "<= 1", _row(),
         share_of("drop-in MB", f"{_PEER} MB"), _STEP),
-    Bar("50 constants / one forward pass", "constants_grid", "<= 1.1", _row(), within_rounds("grid", "pass"),
+    Bar("50 constants / one forward pass", "constants_grid", "<= 1.1", lambda row: row["backbone"].startswith("base"), within_rounds("grid", "pass"),
         ("backbone", "active terms", "threads")),
     Bar("norms from disk: loading the model's time / ours", _INSPECT, ">= 12", _row(process="headscale"),
         within_rounds("AutoModelForMaskedLM", "headscale"), ("process",)),
