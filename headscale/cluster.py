@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         options["include_dashboard"] = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
     try:
+        _check_reachable(address)
         # What workers print is theirs: stdout is the result alone.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError, ray.exceptions.RayError) as error:
@@ -152,6 +154,13 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself tries for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class _Parcels:

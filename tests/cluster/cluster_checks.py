@@ -64,10 +64,14 @@ class Nodes:
         self.start([*head, "--temp-dir", str(self.folder / "r")])
 
     def start(self, options: list[str]) -> subprocess.Popen[bytes]:
+        """One node, up: two that start at once on one machine may take each other's ports."""
         common = ["--node-ip-address", "127.0.0.1", "--object-store-memory", "100000000"]
-        with (self.folder / f"{len(self.processes)}.log").open("wb") as log:
-            process = subprocess.Popen([*RAY, *options, *common], cwd=self.folder, stdout=log, stderr=log)
+        log = self.folder / f"{len(self.processes)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen([*RAY, *options, *common], cwd=self.folder, stdout=file, stderr=file)
         self.processes.append(process)
+        wait_until(lambda: b"Ray runtime started" in log.read_bytes() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
         return process
 
     def worker(self) -> subprocess.Popen[bytes]:
@@ -130,7 +134,6 @@ def running_cells(nodes: Nodes) -> list[int]:
 def nodes() -> Iterator[Nodes]:
     started = Nodes()
     try:
-        wait_until(lambda: b"Ray runtime started" in (started.folder / "0.log").read_bytes())
         started.worker()
         started.worker()
         yield started
