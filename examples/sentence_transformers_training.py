@@ -102,7 +102,7 @@ def main() -> None:
     watch = HeadscaleCallback(
         loss,
         run=given.run,
-        name=given.backbone,
+        name=f"{given.backbone}, {'untouched' if given.untouched else 'calibrated'}",
         stop_on={"collapsed", "diverged"},
         on_step=tell,
         track=given.track,

@@ -233,6 +233,19 @@ def test_cell_is_a_trial_that_can_be_read_back(directory: Path, tmp_path: Path) 
     assert [t.backbone for t in found.trainings] == ["mine"]
 
 
+def test_another_constant_is_another_cell(directory: Path, tmp_path: Path) -> None:
+    folders = set()
+    for scale in (1.0, 0.5, 0.5):
+        model = encoder(directory)
+        rescale_(model[0].auto_model, scale)
+        loss = splade_loss(model)
+        watch = HeadscaleCallback(loss, run=tmp_path / "run")
+        settings = arguments(tmp_path, max_steps=1)
+        SparseEncoderTrainer(model, settings, data(), loss=loss, callbacks=[watch]).train()
+        folders.add(watch.folder)
+    assert len(folders) == 2
+
+
 def test_every_third_step(directory: Path, tmp_path: Path) -> None:
     _, _, every = trained(directory, tmp_path, max_steps=10)
     _, _, third = trained(directory, tmp_path, max_steps=10, options={"every": 3})
