@@ -145,12 +145,13 @@ def _evaluated(trainer: Trainer, pairs: Sequence[TextPair]) -> RankMetrics:
 def end_of(config: TrainingConfig, steps: Sequence[StepRecord], ranking: RankMetrics | None) -> RunEnd:
     """The end of a run in numbers: means over its last tenth, and the ranking if there is one."""
     schedule = config.schedule()
+    total = schedule.lr_sum()
     tail = steps[-max(1, len(steps) // 10) :]
     numbers = [f.name for f in fields(StepRecord) if f.name not in ("step", "seconds", "memory")]
     return RunEnd(
         steps=len(steps),
         lr_sum=config.lr * schedule.lr_sum(len(steps)),
-        lr_sum_share=schedule.lr_sum(len(steps)) / schedule.lr_sum(),
+        lr_sum_share=schedule.lr_sum(len(steps)) / total if total else 1.0,  # as the verdict's clock
         non_finite_steps=sum(record.non_finite > 0 for record in steps),
         skipped_steps=sum(record.skipped for record in steps),
         tail_steps=len(tail),
