@@ -43,7 +43,8 @@ def main() -> None:
     taken = harness.interleaved_processes(commands, rounds=options.rounds)
     loaded = subprocess.run([sys.executable, "-c", LOADED], check=True, capture_output=True, text=True)
     heavy = loaded.stderr.strip().splitlines()[-1]
-    rows = [row_of(name, runs, **({"heavy imports": heavy} if "--help" in name else {})) for name, runs in taken.items()]
+    extra = {True: {"heavy imports": heavy}, False: {}}
+    rows = [row_of(name, runs, **extra["--help" in name]) for name, runs in taken.items()]
     print(f"{harness.markdown(rows, COLUMNS)}\n\n{harness.machine_line()}")
     if options.json:
         harness.save_json(options.json, "help", rows, clock="wall, whole process")

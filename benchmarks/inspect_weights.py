@@ -1,4 +1,4 @@
-"""Norms of the head of a 600 MB checkpoint: `headscale inspect --weights-only` against loading the model, whole process.
+"""Norms of the head of a 600 MB checkpoint: `headscale inspect --weights-only` against loading the model, processes.
 
 Example:
     python benchmarks/inspect_weights.py --json benchmarks/results/inspect_weights.json

@@ -22,6 +22,7 @@ def commands(page: Path) -> list[str]:
 
 
 def main() -> None:
+    """Run what the pages say."""
     with tempfile.TemporaryDirectory() as folder:
         for page in map(Path, sys.argv[1:]):
             for command in commands(page):
