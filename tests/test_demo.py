@@ -18,19 +18,22 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_story_is_true(capsys: Any) -> None:
-    """One seed of the real thing: the reference and the calibrated arm learn, the untouched one does not."""
+    """One seed of the real thing: the reference and the repaired arms learn, the untouched one does not."""
     assert run(["demo", "--json", "-q"]) == 0
     document = json.loads(capsys.readouterr().out)
-    calibration, reference, untouched, calibrated = document["results"]
+    calibration, reference, untouched, scaled, calibrated = document["results"]
     assert calibration["shift"] < 0
     mrr = {arm["name"]: [r["end"]["ranking"]["mrr_at_10"] for r in arm["runs"]] for arm in document["results"][1:]}
     chance = untouched["runs"][0]["end"]["ranking"]["chance_mrr_at_10"]
     assert untouched["runs"][0]["steps"][0]["loss_over_ln_n"] > 10
-    assert max(mrr[untouched["name"]]) < min(mrr[calibrated["name"]]) / 3
+    assert scaled["scale"] < 1
+    assert scaled["shift"] == 0
+    assert max(mrr[untouched["name"]]) < min(mrr[scaled["name"]]) / 3
+    assert min(mrr[calibrated["name"]]) > min(mrr[scaled["name"]])
     assert min(mrr[reference["name"]]) > 10 * chance
     assert min(mrr[calibrated["name"]]) > 10 * chance
     assert "<svg" in Path("headscale-demo/loss.svg").read_text()[:500]
-    assert len(list(cells.find_cells(Path("headscale-demo"), "trial"))) == 3
+    assert len(list(cells.find_cells(Path("headscale-demo"), "trial"))) == 4
 
 
 def test_finished_arms_are_reused(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,4 +68,4 @@ def test_interrupted_training_goes_on_with_the_finished_arms(capsys: Any, monkey
     done = [c for c in cells.find_cells(Path("here"), "trial") if c["status"] == "done"]
     assert len(done) == 1
     assert run(["demo", "-q", "-o", "here"]) in (0, 1)
-    assert len(calls) == 4
+    assert len(calls) == 5
