@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from headscale.errors import NotFoundError, UnreadableError
 from headscale.lines import json_object, numbered_lines
-from headscale.rows import has_scores, scored_pair
+from headscale.rows import SCORES_HINT, has_scores, scored_pair
 from headscale.texts import Pair
 
 KEPT_NEGATIVES = 32  # of the hundreds that are mined for a query; the recipes in use take 7 at most
@@ -138,7 +139,7 @@ def _from_json(line: str, where: str, teacher: Mapping[Any, Any]) -> Iterator[Id
         kept = {pid: value for pid, value in hard.items() if pid != document}
         pids = tuple(kept)[:KEPT_NEGATIVES]
         known = teacher.get(query, teacher.get(str(query), {}))
-        scores = [_score_of(known, pid, own) for pid, own in [(document, score), *((p, kept[p]) for p in pids)]]
+        scores = [_score_of(known, pid, own, where) for pid, own in [(document, score), *((p, kept[p]) for p in pids)]]
         complete = tuple(value for value in scores if value is not None)
         yield Ids(where, str(query), document, pids, complete if len(complete) == len(scores) else ())
 
@@ -150,14 +151,24 @@ def _scored_id(value: Any, where: str) -> tuple[str, float | None]:
         value, score = value.get("pid"), value.get("ce-score")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UnreadableError(f"{where} has `{value}` for an id", _TRIPLE)
-    return str(value), None if score is None else float(score)
+    return str(value), None if score is None else _number(score, where)
 
 
-def _score_of(known: Mapping[Any, Any], identity: str, own: float | None) -> float | None:
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UnreadableError(f"{where} has `{value}` for a score", SCORES_HINT)
+    return number
+
+
+def _score_of(known: Mapping[Any, Any], identity: str, own: float | None, where: str) -> float | None:
     if own is not None:
         return own
     found = known.get(identity, known.get(int(identity)) if identity.isdigit() else None)
-    return None if found is None else float(found)
+    return None if found is None else _number(found, where)
 
 
 def _from_list(line: str, where: str) -> Ids:

@@ -273,6 +273,7 @@ def test_a_pickle_that_would_run_something_is_refused(marco, monkeypatch):
         ("99\t0\t1\n", "row 1 names `99`, which has no text in `queries.train.tsv`"),
         ('{"qid": 1, "pos": [1]}', "row 1 lacks `qid`, `pos` or `neg`"),
         ('{"qid": 10, "pos": [[]], "neg": {}}', "row 1 has `[]` for an id"),
+        ('{"qid": 10, "pos": [1], "neg": [{"pid": 2, "ce-score": "high"}]}', "row 1 has `high` for a score"),
         ("[10]", "row 1 is not `[qid, [pid, score], [pid, score], ...]`"),
     ],
 )
