@@ -293,20 +293,32 @@ def _row(configuration: Configuration, status: str, trained: TrainedCell | None,
     )
 
 
+def _measured(trained: TrainedCell) -> dict[str, Any]:
+    first, last = trained.run.steps[0], trained.run.steps[-1]
+    return measured(trained, loss_start=first.loss_over_ln_n, head_norm_end=last.head_norm)
+
+
 _TAIL = ("batch_accuracy", "active_dims_query", "active_dims_document", "cosine_document", "grad_norm")
 
 
-def _measured(trained: TrainedCell) -> dict[str, Any]:
+def measured(trained: TrainedCell, *, loss_start: float, head_norm_end: float) -> dict[str, Any]:
+    """The fields of a `SweepRow` that a finished training gives.
+
+    Args:
+        trained: the cell; its steps are not looked at.
+        loss_start: of its first step, over ln N.
+        head_norm_end: of its last step.
+    """
     run, end, verdict = trained.run, trained.run.end, trained.verdict
     ranking = end.ranking
     return {
         "steps": end.steps,
         "lr_sum": end.lr_sum,
-        "loss_start": _finite(run.steps[0].loss_over_ln_n),
-        "loss_end": end.tail["loss_over_ln_n"],
-        **{name: end.tail[name] for name in _TAIL},
+        "loss_start": _finite(loss_start),
+        "loss_end": end.tail.get("loss_over_ln_n"),
+        **{name: end.tail.get(name) for name in _TAIL},
         "head_norm_start": run.head_norm_start,
-        "head_norm_end": _finite(run.steps[-1].head_norm),
+        "head_norm_end": _finite(head_norm_end),
         "non_finite_steps": end.non_finite_steps,
         "mrr_dev": None if trained.dev is None else trained.dev.mrr_at_10,
         "mrr_test": None if ranking is None else ranking.mrr_at_10,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from headscale.constants import ratio_text
@@ -77,8 +77,6 @@ def _inspect_rows(results: Results) -> list[InspectRow]:
     ordered = sorted(results.inspections, key=lambda one: one.name not in results.references)
     first = next((one for one in ordered if one.name in results.references), None)
     rows = [InspectRow.of_inspection(one, None) for one in ordered]
-    from dataclasses import replace
-
     return rows if first is None else [replace(row, reference=first.weights) for row in rows]
 
 
@@ -102,38 +100,17 @@ def training_row(one: Training) -> SweepRow:
 
 
 def _measured(one: Training) -> dict[str, Any]:
-    """The results of a finished training under the names of a sweep's row; the first and last step from its log."""
+    """The results of a finished training; of its log the first and the last line alone are read."""
+    from headscale.grid import measured
+
     if one.cell is None:
         return {}
-    cell, run = one.cell, one.cell.run
-    ends = one.steps(("loss_over_ln_n", "head_norm"), every=1 << 30)  # the first line and the last
-    ranking, tail = run.end.ranking, run.end.tail
-    tails = ("batch_accuracy", "active_dims_query", "active_dims_document", "cosine_document", "grad_norm")
-    return {
-        "steps": run.end.steps,
-        "lr_sum": run.end.lr_sum,
-        "loss_start": _at(ends["loss_over_ln_n"], 0),
-        "loss_end": tail.get("loss_over_ln_n"),
-        **{name: tail.get(name) for name in tails},
-        "head_norm_start": run.head_norm_start,
-        "head_norm_end": _at(ends["head_norm"], -1),
-        "non_finite_steps": run.end.non_finite_steps,
-        "mrr_dev": None if cell.dev is None else cell.dev.mrr_at_10,
-        "mrr_test": None if ranking is None else ranking.mrr_at_10,
-        "ndcg_dev": None if cell.dev is None else cell.dev.ndcg_at_10,
-        "ndcg_test": None if ranking is None else ranking.ndcg_at_10,
-        "chance_mrr": None if ranking is None else ranking.chance_mrr_at_10,
-        "flops_cost": None if ranking is None else ranking.flops_cost,
-        "vocab_size": run.vocab_size,
-        "verdict": cell.verdict.word,
-        "verdict_step": cell.verdict.step,
-        "verdict_lr_share": cell.verdict.lr_share,
-    }
+    ends = one.steps(("loss_over_ln_n", "head_norm"), every=1 << 30)
+    return measured(one.cell, loss_start=_at(ends["loss_over_ln_n"], 0), head_norm_end=_at(ends["head_norm"], -1))
 
 
-def _at(values: Any, place: int) -> float | None:
-    found = float(values[place]) if len(values) else math.nan
-    return found if math.isfinite(found) else None
+def _at(values: Any, place: int) -> float:
+    return float(values[place]) if len(values) else math.nan
 
 
 def _table(key: str, caption: str, rows: Sequence[Any], columns: Sequence[Column]) -> Table:
