@@ -120,20 +120,22 @@ def _of_calibration(one: Calibration, lr: float) -> Application:
 
 def _of_training(name: str, arm: Arm, results: Results) -> Application:
     training: dict[str, Any] = arm.training
-    scale, mode = float(training["scale"]), str(training["mode"])
+    scale, shift, mode = float(training["scale"]), float(training.get("shift", 0.0)), str(training["mode"])
     directory = _directory(name)
     reference = next((r for r in results.references if r != name), None)
     command = line(
         "headscale", "calibrate", name, reference=reference, match="constant", k=1 / scale,
-        mode=mode if mode in ("untie", "fold") else None, no_scale_bias=not training.get("scale_bias", True),
-        save=directory,
+        shift=bool(shift), mode=mode if mode in ("untie", "fold") else None,
+        no_scale_bias=not training.get("scale_bias", True), save=directory,
     )  # fmt: skip
-    choice = f"{_change(scale, float(training.get('shift', 0.0)))}, which ranked best of what was trained"
+    choice = f"{_change(scale, shift)}, which ranked best of what was trained"
     advice = [
         "Lambda no longer means what it did at the untouched scale: take the one of this training "
         f"({training['lambda_query']:g} for queries, {training['lambda_document']:g} for documents) or what "
         "`calibrate` prints."
     ]
+    if shift:
+        advice.append("`calibrate --shift` measures the shift anew: on other texts it differs a little from this one.")
     multiplier = float(training.get("head_lr_multiplier", 1.0))
     return _application(name, choice, command, directory, multiplier, float(training["lr"]), USUAL_HEAD, advice)
 
