@@ -238,9 +238,8 @@ def _hub(source: str, split: str) -> Parts:
     labels = tuple(f"`{HUB}{found.identity}:{name}`" for name in _NAMES)
 
     def rows(name: str) -> Iterator[Row]:
-        text = f"{HUB}{found.identity}:{name}" + (
-            f":{found.split or found.subset}" if found.split or found.subset else ""
-        )
+        chosen = found.split or found.subset  # what follows the id is a split: the subsets are the three parts
+        text = ":".join([f"{HUB}{found.identity}", name, *([chosen] if chosen else [])])
         for number, values in enumerate(hub_rows(hub_source(text)), 1):
             yield f"`{text}` row {number}", values
 

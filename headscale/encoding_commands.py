@@ -61,6 +61,7 @@ def encode(
     voice = begin(f"encoding with {model}", quiet, debug, output.parent)
     from headscale.collection import chosen_collection
     from headscale.deployment import check_options, planned
+    from headscale.device import choose_device
     from headscale.evaluation import Setup, built_in, fitting
     from headscale.impacts import one_rounding
     from headscale.indexes import check_target, export, usual_rounding
@@ -70,8 +71,6 @@ def encode(
     check_options(pooling, activation, queries)
     rounding = one_rounding(quantize) or usual_rounding(kind)
     chosen = chosen_collection(collection, split)
-    from headscale.device import choose_device
-
     place = choose_device(device)
     loading = loading_with(voice, revision, trust_remote_code, place.name, False)
     chosen = chosen or built_in(loading)

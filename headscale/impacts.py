@@ -90,13 +90,9 @@ class Rounded:
         from scipy.sparse import csr_array
 
         data = np.rint(vectors.data / self.step)
-        before, result = (
-            np.diff(vectors.indptr),
-            csr_array((data, vectors.indices, vectors.indptr), shape=vectors.shape),
-        )
-        result = result.copy()
+        result = csr_array((data, vectors.indices, vectors.indptr), shape=vectors.shape, copy=True)
         result.eliminate_zeros()
-        after = np.diff(result.indptr)
+        before, after = np.diff(vectors.indptr), np.diff(result.indptr)
         self.weights += int(before.sum())
         self.lost += int(before.sum() - after.sum())
         self.emptied += int(((before > 0) & (after == 0)).sum())

@@ -94,7 +94,7 @@ def _word(name: str, value: Any) -> str:
         return str(value)
     if name == "scale_bias":
         return "bias scaled" if value else "bias kept"
-    said = {"head_lr_multiplier": "head lr", "batch_size": "batch"}.get(name, name.replace("_", " "))
+    said = _SAID.get(name, name.replace("_", " "))
     number = f"{value:.3g}" if isinstance(value, float) else str(value)
     if name == "horizon":
         return number
