@@ -120,6 +120,7 @@ def calibrate(
     choice: Choice | None = None,
     pairs: Sequence[Pair] | None = None,
     encoding: Encoding = DEFAULT_ENCODING,
+    weights_only: bool = False,
     save: str | Path | None = None,
     mode: str = "auto",
     overwrite: bool = False,
@@ -134,6 +135,7 @@ def calibrate(
         choice: which target, and how (`headscale.calibration.Choice`).
         pairs: query-document pairs; the built-in docstrings by default.
         encoding: lengths in tokens, and documents per batch.
+        weights_only: read the heads' tensors only; what needs outputs stays empty, and nothing can be saved.
         save: write the drop-in checkpoint there.
         mode: `untie`, `fold` or `auto`.
         overwrite: replace a checkpoint that is at `save`.
@@ -143,7 +145,8 @@ def calibrate(
         The constant with every target beside it; `scale` is None where the target is out of reach.
 
     Raises:
-        HeadscaleError: a backbone cannot be read or the checkpoint cannot be written.
+        HeadscaleError: a backbone cannot be read, the checkpoint cannot be written, or the weights alone do not give
+            what was asked for.
 
     Example:
         >>> import headscale
@@ -152,17 +155,18 @@ def calibrate(
         True
     """
     from headscale.calibration import choose
+    from headscale.weights_alone import check_choice, choose_by_weights
 
     loading = loading or Loading()
     if choice is not None and choice.norm == "spectral_norm":
         loading = replace(loading, spectral=True)
+    if weights_only:
+        check_choice(choice, saving=save is not None)
+        inspection = inspect(backbone, tokenizer, weights_only=True, loading=loading)
+        return choose_by_weights(inspection, _reference(reference, None, loading), choice)
     texts = _texts(pairs, encoding, loading)
     measured = _measured(_opened(backbone, tokenizer, loading), texts, loading)
-    if isinstance(reference, Profile):
-        found = Reference(reference, "given")
-    else:
-        found = find_reference(str(reference), texts, loading)
-    calibration = choose(measured, found, choice)
+    calibration = choose(measured, _reference(reference, texts, loading), choice)
     if save is None or calibration.scale is None:
         return calibration
     assert measured.backbone is not None
@@ -291,7 +295,7 @@ def write(
 
 def calibrate_in_run(
     name: str,
-    texts: Texts,
+    texts: Texts | None,
     run: Path,
     *,
     reference: Reference,
@@ -301,20 +305,29 @@ def calibrate_in_run(
     overwrite: bool = False,
     loading: Loading,
 ) -> Calibration:
-    """`calibrate` for one backbone by name, kept in the run folder; the checkpoint is written when asked for."""
-    from headscale.calibration import choose
+    """`calibrate` for one backbone by name, kept in the run folder; the checkpoint is written when asked for.
 
-    measured = _measured(loading.open(name), texts, loading)
-    calibration = choose(measured, reference, choice)
-    if save is not None and calibration.scale is not None:
-        assert measured.backbone is not None
-        loading.say(f"writing `{save}`, then loading it to hold its logits against those of `{name}`")
-        written = write(measured.backbone, calibration, save, mode, overwrite=overwrite)
-        calibration = replace(calibration, written=written)
+    Without texts the constant is chosen by the weights alone, and nothing can be written.
+    """
+    from headscale.calibration import choose
+    from headscale.weights_alone import check_choice, choose_by_weights
+
+    if texts is None:
+        check_choice(choice, saving=save is not None)
+        inspection = inspect_weights(name, revision=loading.revision, spectral=loading.spectral, tell=loading.tell)
+        calibration = choose_by_weights(inspection, reference, choice)
+    else:
+        measured = _measured(loading.open(name), texts, loading)
+        calibration = choose(measured, reference, choice)
+        if save is not None and calibration.scale is not None:
+            assert measured.backbone is not None
+            loading.say(f"writing `{save}`, then loading it to hold its logits against those of `{name}`")
+            written = write(measured.backbone, calibration, save, mode, overwrite=overwrite)
+            calibration = replace(calibration, written=written)
     configuration = {
         "name": name,
         "identity": identity(name, loading.revision),
-        "texts": texts.settings.to_dict(),
+        "texts": None if texts is None else texts.settings.to_dict(),
         "reference": [reference.profile.name, reference.profile.revision],
         "choice": asdict(choice),
         "headscale": __version__,
@@ -355,6 +368,10 @@ def find_reference(name: str, texts: Texts | None, loading: Loading) -> Referenc
     return resolve_reference(name, settings, measure=by_name, tell=loading.tell)
 
 
+def _reference(given: str | Path | Profile, texts: Texts | None, loading: Loading) -> Reference:
+    return Reference(given, "given") if isinstance(given, Profile) else find_reference(str(given), texts, loading)
+
+
 def inspect_in_run(
     name: str, texts: Texts | None, run: Path, *, force: bool = False, is_reference: bool = False, loading: Loading
 ) -> Inspection:
@@ -390,14 +407,15 @@ def _kept(result: dict[str, Any] | None) -> Inspection | None:
 
 def identity(name: str, revision: str | None = None) -> Any:
     """What a name stands for right now: a commit of a hub id, or the sizes and times of a directory's files."""
-    from headscale.checkpoint import open_checkpoint
+    from headscale.checkpoint import looks_like_path, open_checkpoint
 
-    with open_checkpoint(name, revision=revision) as checkpoint:
-        if checkpoint.revision is not None:
-            return checkpoint.revision
+    if not (name.startswith("bundled:") or Path(name).expanduser().exists() or looks_like_path(name)):
+        from headscale.hub import commit_of
+
+        return commit_of(name, revision=revision)
+    with open_checkpoint(name) as checkpoint:
         directory = checkpoint.directory
-    if directory is None:
-        return None
+    assert directory is not None  # it is on this machine
     files = sorted(f for f in directory.iterdir() if f.is_file())
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
@@ -448,8 +466,8 @@ def _metadata(calibration: Calibration, change: Change) -> dict[str, Any]:
         "targets": [t.to_dict() for t in calibration.targets],
         "lambda_advice": calibration.lambda_advice.to_dict(),
         "advice": list(calibration.advice),
-        "texts": calibration.texts.to_dict(),
-        "before": calibration.before.to_dict(),
+        "texts": None if calibration.texts is None else calibration.texts.to_dict(),
+        "before": None if calibration.before is None else calibration.before.to_dict(),
         "after": None if calibration.after is None else calibration.after.to_dict(),
         "env": environment(),
     }

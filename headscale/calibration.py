@@ -127,11 +127,11 @@ def choose(measured: Measured, reference: Reference, choice: Choice | None = Non
     targets = _targets(solver, inspection.weights, inspection.head.width, profile, choice)
     match, reason, disagreement = _pick(targets, choice, solver.curve.scale[-1], shifted=shifts)
     chosen = next(t for t in targets if t.name == match)
-    scale = _written(chosen, choice.snap)
+    scale = written_scale(chosen, choice.snap)
     if scale is not None and scale > 1 and choice.match == "auto" and match == "loss":
         scale = 1.0
         reason = reason if shifts else "the loss is within its ceiling untouched, so the head is left as it is"
-    multiplier = _multiplier(choice, scale)
+    multiplier = multiplier_of(choice, scale)
     shift = 0.0 if scale is None else solver.shift(scale)
     after = None
     if scale is not None:
@@ -170,7 +170,8 @@ def _too_dense(measured: Measured, profile: Profile) -> bool:
     return 0 < SHARE_FACTOR * share < own.document.active_dims / measured.inspection.head.vocab_size
 
 
-def _multiplier(choice: Choice, scale: float | None) -> float:
+def multiplier_of(choice: Choice, scale: float | None) -> float:
+    """Of the head's learning rate: as asked, or what goes with a head that shrinks."""
     if choice.head_lr_multiplier is not None:
         return choice.head_lr_multiplier
     return HEAD_LR_MULTIPLIER if scale is not None and scale < 1 else 1.0
@@ -189,21 +190,34 @@ def _token_names(measured: Measured) -> Callable[[int], str]:
 
 
 def _targets(solver: Solver, weights: WeightStatistics, width: int, profile: Profile, choice: Choice) -> list[Target]:
-    found = [_norm_target(weights, profile, choice.norm, "norm")]
-    found += [
+    found = norm_targets(weights, profile, choice)
+    found.append(_output_target(solver, profile, "activation", choice.activation))
+    found.append(_output_target(solver, profile, "score", choice.score))
+    found.append(_loss_target(solver, choice.ceiling))
+    found += fixed_targets(width, choice)
+    return [_completed(target, solver, choice.snap) for target in found]
+
+
+def norm_targets(weights: WeightStatistics, profile: Profile, choice: Choice) -> list[Target]:
+    """The norm that was asked for, then every other that both sides know."""
+    others = [
         _norm_target(weights, profile, name, f"norm:{name}")
         for name in NORMS
         if name != choice.norm and getattr(weights, name) is not None and getattr(profile.weights, name) is not None
     ]
-    found.append(_output_target(solver, profile, "activation", choice.activation))
-    found.append(_output_target(solver, profile, "score", choice.score))
-    found.append(_loss_target(solver, choice.ceiling))
-    found.append(_target("constant", "k", choice.k, 1 / choice.k))
-    found.append(_target("width", "width", float(width), float(width**WIDTH_EXPONENT), "depends on the width alone"))
-    return [_completed(target, solver, choice.snap) for target in found]
+    return [_norm_target(weights, profile, choice.norm, "norm"), *others]
 
 
-def _target(name: str, statistic: str, goal: float | None, scale: float | None, note: str = "") -> Target:
+def fixed_targets(width: int, choice: Choice) -> list[Target]:
+    """The targets that look at no tensor: a given constant, and the one that the width asks for."""
+    by_width = float(width**WIDTH_EXPONENT)
+    return [
+        new_target("constant", "k", choice.k, 1 / choice.k),
+        new_target("width", "width", float(width), by_width, "depends on the width alone"),
+    ]
+
+
+def new_target(name: str, statistic: str, goal: float | None, scale: float | None, note: str = "") -> Target:
     """A target with its nearest power of two, before it is known what the constant leads to."""
     snapped = None if scale is None else nearest_power_of_two(scale)
     return Target(name, statistic, goal, scale, snapped, None, None, None, note)
@@ -213,23 +227,24 @@ def _norm_target(weights: WeightStatistics, profile: Profile, statistic: str, na
     goal, own = getattr(profile.weights, statistic), getattr(weights, statistic)
     if goal is None or own is None:
         whose = "the reference" if goal is None else "this backbone"
-        return _target(
+        return new_target(
             name, statistic, goal, None, f"the {statistic} of {whose} was not measured: `--spectral` adds it"
         )
     if not (0 < own < math.inf and 0 < goal < math.inf):
-        return _target(name, statistic, goal, None, "a norm of zero cannot be matched")
-    return _target(name, statistic, goal, goal / own)
+        return new_target(name, statistic, goal, None, "a norm of zero cannot be matched")
+    return new_target(name, statistic, goal, goal / own)
 
 
 def _output_target(solver: Solver, profile: Profile, name: str, statistic: str) -> Target:
-    goal = _reference_value(profile, statistic)
+    goal = reference_value(profile, statistic)
     if goal is None:
-        return _target(name, statistic, None, None, "only the weights of the reference are known")
+        return new_target(name, statistic, None, None, "only the weights of the reference are known")
     scale, note = solver.solve(statistic, goal)
-    return _target(name, statistic, goal, scale, note)
+    return new_target(name, statistic, goal, scale, note)
 
 
-def _reference_value(profile: Profile, statistic: str) -> float | None:
+def reference_value(profile: Profile, statistic: str) -> float | None:
+    """A statistic of the reference's outputs; None where only its weights are known."""
     if profile.output is None:
         return None
     holder = profile.output if statistic in SCORES else profile.output.document
@@ -239,13 +254,13 @@ def _reference_value(profile: Profile, statistic: str) -> float | None:
 def _loss_target(solver: Solver, ceiling: float) -> Target:
     scale, note = solver.solve("loss_over_ln_n", ceiling, largest=True)
     lowest = f"the loss is lowest at {ratio_text(solver.lowest_loss())}"
-    target = _target("loss", "loss_over_ln_n", ceiling, scale, f"{note}; {lowest}".strip("; "))
+    target = new_target("loss", "loss_over_ln_n", ceiling, scale, f"{note}; {lowest}".strip("; "))
     return replace(target, snapped=None if scale is None else power_of_two_below(scale))
 
 
 def _completed(target: Target, solver: Solver, snap: bool) -> Target:
     """The target with what the constant that would be written leads to."""
-    scale = _written(target, snap)
+    scale = written_scale(target, snap)
     if scale is None:
         return target
     point = solver.at(scale)
@@ -257,7 +272,7 @@ def _completed(target: Target, solver: Solver, snap: bool) -> Target:
     )
 
 
-def _written(target: Target, snap: bool) -> float | None:
+def written_scale(target: Target, snap: bool) -> float | None:
     """The constant that goes into the weights: a power of two unless it was given or is to be kept."""
     return target.snapped if snap and target.name != "constant" else target.scale
 
@@ -350,11 +365,13 @@ def _text_warning(texts: Any, profile: Profile) -> list[str]:
     return [f"the profile of `{profile.name}` was measured on other texts or lengths; its outputs compare roughly"]
 
 
-def advice(scale: float, head_lr_multiplier: float, head: Head, *, shift: float = 0.0) -> list[str]:
+def advice(
+    scale: float, head_lr_multiplier: float, head: Head, *, shift: float = 0.0, saving: str = "`--save DIR`"
+) -> list[str]:
     """How to use the constant, the head's learning rate and the shift: lines for a person to read."""
     steps = [f"add {shift:.4g} to the vocabulary bias"] if shift else []
     steps += [f"multiply the MLM head by {ratio_text(scale)}"] if scale != 1 or not shift else []
-    lines = [f"{', then '.join(steps)} before training; `--save DIR` writes that checkpoint"]
+    lines = [f"{', then '.join(steps)} before training; {saving} writes that checkpoint"]
     if head_lr_multiplier == 1.0:
         return [*lines, "train the head at the encoder's learning rate"]
     # Untied, a bias with two names is live under the one that goes with the matrix.

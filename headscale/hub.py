@@ -53,6 +53,16 @@ def cached_snapshot(
     return (snapshot, commit) if complete else None
 
 
+def commit_of(repo: str, *, revision: str | None = None) -> str:
+    """The commit of a hub id, from the cache or in one request; no file of the repository is read.
+
+    Raises:
+        NotFoundError: as for `open_checkpoint`.
+    """
+    cached = cached_snapshot(repo, revision=revision)
+    return HubFiles(repo, revision=revision).commit if cached is None else cached[1]
+
+
 class HubFiles:
     """The files of one hub repository at one commit; weights are read in ranges, small files through the cache.
 

@@ -30,6 +30,7 @@ from headscale.options import (
     Spectral,
     TextFile,
     Trust,
+    WeightsOnly,
 )
 from headscale.render import Voice, judged
 from headscale.shell import app, attempt, begin, loading_with, reference_or_none, texts_from_options, watched
@@ -43,9 +44,7 @@ if TYPE_CHECKING:
 def inspect(
     backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="Hub ids or directories.")],
     reference: Ref = "bert-base-uncased",
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Norms alone: reads the head, runs nothing.")
-    ] = False,
+    weights_only: WeightsOnly = False,
     spectral: Spectral = False,
     texts: TextFile = None,
     pairs: PairFile = None,
@@ -150,6 +149,7 @@ def calibrate(
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the drop-in checkpoint, proven.")] = None,
     mode: Annotated[str, typer.Option(help="untie, fold or auto.", metavar="MODE")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DIR.")] = False,
+    weights_only: WeightsOnly = False,
     texts: TextFile = None,
     pairs: PairFile = None,
     num_pairs: Count = 128,
@@ -174,12 +174,15 @@ def calibrate(
     from headscale.calibration import Choice
     from headscale.render import show_targets, write_document
     from headscale.rescaling import MODES
+    from headscale.weights_alone import check_choice
 
     if mode not in MODES or mode == "logits":
         raise UsageError(f"`--mode {mode}` is none of untie, fold, auto", "see `headscale calibrate --help`")
     choice = Choice(match, norm, activation, score, k, ceiling, snap, scale_bias, shift, head_lr_multiplier)
+    if weights_only:
+        check_choice(choice, saving=save is not None)
     names = backbones or _default_backbones(run_folder, reference, voice)
-    chosen = texts_from_options(texts, pairs, num_pairs, query_length, document_length, voice)
+    chosen = None if weights_only else texts_from_options(texts, pairs, num_pairs, query_length, document_length, voice)
     loading = loading_with(voice, revision, trust_remote_code, device, norm == "spectral_norm")
     with voice.progress(f"reference {reference}") as bar:
         found_reference = find_reference(reference, chosen, watched(loading, bar))

@@ -48,6 +48,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run a repository's own modelling code.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps.")]
 Spectral = Annotated[bool, typer.Option("--spectral", help="Add singular values, spectral norm and stable rank.")]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Norms alone: reads the head, runs nothing.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the result: .svg, .png or .pdf.")]
 
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="Of a full run: st-mnrl, naver-max, tevatron, v-splade...")]

@@ -475,9 +475,9 @@ class Calibration(Record):
     snapped: bool
     targets: tuple[Target, ...]
     disagreement: str  # in words, or ""
-    curve: ScaleCurve
-    texts: TextSettings
-    before: OutputStatistics
+    curve: ScaleCurve | None  # None where the outputs were not seen, as the next three
+    texts: TextSettings | None
+    before: OutputStatistics | None
     after: OutputStatistics | None
     lambda_advice: LambdaAdvice
     verdict: Verdict

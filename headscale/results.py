@@ -292,7 +292,8 @@ class _Found:
     def results(self, inputs: tuple[str, ...]) -> Results:
         return Results(
             inspections=_distinct(self.inspections.values()),
-            calibrations=_distinct(self.calibrations.values()),
+            # those that saw no outputs first: where one per backbone is shown, the last counts
+            calibrations=_distinct(sorted(self.calibrations.values(), key=lambda c: c.texts is not None)),
             trainings=tuple(self.trainings.values()),
             evaluations=_distinct(self.evaluations.values()),
             references=tuple(self.references),

@@ -94,7 +94,10 @@ def _inspections(results: Results) -> list[str]:
 
 
 def calibrate_line(one: Calibration, save: str | None = None) -> str:
-    """The command of a calibration, writing the checkpoint to `save` if that is given."""
+    """The command of a calibration, writing the checkpoint to `save` if that is given.
+
+    From the weights alone nothing is written: the whole backbone is then loaded, and the same target asked for.
+    """
     from headscale.calibration import HEAD_LR_MULTIPLIER, PAPER_K
 
     by_name = {target.name: target for target in one.targets}
@@ -104,17 +107,18 @@ def calibrate_line(one: Calibration, save: str | None = None) -> str:
     usual_multiplier = HEAD_LR_MULTIPLIER if one.scale is not None and one.scale < 1 else 1.0
     options: dict[str, Any] = {
         "reference": one.reference,
-        "match": one.match if one.match_reason == "as asked" else None,
+        "match": one.match if one.match_reason == "as asked" or (one.texts is None and save) else None,
         **{name: value for name, value in statistics.items() if value != usual[name]},
         "k": None if k == PAPER_K else k,
         "ceiling": _ceiling(by_name),
         "no_snap": not one.snapped and one.match != "constant",
         "no_scale_bias": not one.scale_bias,
         "shift": one.shift != 0,
-        "no_shift": one.shift == 0 and one.match_reason != "as asked",  # unasked, `auto` shifts what is too dense
+        # unasked, `auto` shifts what is too dense, where it sees that
+        "no_shift": one.shift == 0 and one.match_reason != "as asked" and one.texts is not None,
         "head_lr_multiplier": None if one.head_lr_multiplier == usual_multiplier else one.head_lr_multiplier,
         "revision": _revision(one.revision, one.name),
-        **text_options(one.texts),
+        **({} if one.texts is None and save else text_options(one.texts)),
         "save": save,
     }
     return line("headscale", "calibrate", one.name, **options)

@@ -129,7 +129,7 @@ def _inputs(results: Results, effectiveness: str | None) -> Iterable[Fact]:
         yield Fact("reference", _listed(list(results.references), MOST_LISTED))
     measured = [
         *(i.texts for i in results.inspections if i.texts is not None),
-        *(c.texts for c in results.calibrations),
+        *(c.texts for c in results.calibrations if c.texts is not None),
     ]
     if measured:
         yield Fact("texts measured on", _listed(list(dict.fromkeys(map(_texts, measured))), MOST_LISTED))

@@ -195,6 +195,9 @@ def calibrated_sentence(one: Calibration) -> str:
     name = _short(one.name)
     if one.scale is None:
         return f"No constant is within reach for {name}: {one.verdict.evidence}."
+    if one.before is None:
+        how = "needs no constant" if one.scale == 1 else f"is to be multiplied by {ratio_text(one.scale)}"
+        return f"{name} {how}, by the target `{one.match}`; its outputs were not seen."
     before = one.before.loss_over_ln_n
     after = None if one.after is None else one.after.loss_over_ln_n
     moved = "" if after is None else f": the loss at step 0 goes from {before:.3g} to {after:.3g} x ln N"

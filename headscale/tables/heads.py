@@ -44,7 +44,7 @@ def anatomy(results: Results) -> DataFrame:
             rows += _weight_rows(shared, 1.0, found.output.document)
     for name, calibration in scales.items():
         shared = {"backbone": name, "reference": name in references}
-        if name not in {i.name for i in results.inspections if i.output is not None}:
+        if calibration.before and name not in {i.name for i in results.inspections if i.output is not None}:
             rows += _weight_rows(shared, 1.0, calibration.before.document)
         if calibration.after is not None and calibration.scale != 1.0:
             rows += _weight_rows(shared, float(calibration.scale or 1.0), calibration.after.document)
