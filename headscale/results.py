@@ -277,7 +277,7 @@ class _Found:
 
     def _row(self, row: SweepRow) -> None:
         names = ("scale", "mode", "head_lr_multiplier", "lr", "temperature", "lambda_query", "lambda_document",
-                 "warmup_ratio", "seed", "steps")  # fmt: skip
+                 "warmup_ratio", "seed", "shift", "steps")  # fmt: skip
         training = {name: getattr(row, name) for name in names if getattr(row, name) is not None}
         configuration = {"backbone": row.backbone, "revision": row.revision, "training": training}
         if row.status != "missing" and row.key not in self.trainings:

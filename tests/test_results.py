@@ -190,6 +190,7 @@ def test_a_sweep_document_gives_rows(golden: Results, tmp_path: Path) -> None:
     write_document("sweep", [*rows, replace(rows[0], status="missing", key="0" * 12)], [], tmp_path / "s.json")
     found = load([tmp_path / "s.json"]).trainings
     assert [t.row for t in found] == rows
+    assert [t.training["shift"] for t in found] == [row.shift for row in rows]
     assert load([GOLDEN, tmp_path / "s.json"]).trainings == golden.trainings
 
 
