@@ -15,6 +15,7 @@ from headscale.errors import NotFoundError, UnreadableError
 
 Weights = np.ndarray[Any, np.dtype[np.float64]]
 
+OF_COLLECTION = "the collection's IDF"
 _BATCH = 1024  # texts tokenized at once
 _HINT = "give a JSON object of weights by token, as OpenSearch's `idf.json`, or a saved SparseStaticEmbedding"
 
@@ -70,7 +71,7 @@ def idf_of(tokenizer: Any, texts: Sequence[str], terms: int, *, max_length: int)
         counts[np.unique(ids[ids < terms])] += 1
     weights = np.log1p((len(texts) - counts + 0.5) / (counts + 0.5))
     weights[[i for i in tokenizer.all_special_ids if i < terms]] = 0.0
-    return IdfQueries(tokenizer, weights, "the collection's IDF")
+    return IdfQueries(tokenizer, weights, OF_COLLECTION)
 
 
 def read_idf(path: Path, tokenizer: Any, terms: int) -> IdfQueries:

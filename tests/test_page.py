@@ -352,6 +352,38 @@ def test_a_calibration_is_asked_for_with_its_own_choice(
     assert asked[1] == ("bundled:tiny-modernbert", choice, Path("out dir"))
 
 
+@pytest.mark.parametrize(
+    ("queries", "asked_for"), [("the collection's IDF", "idf"), ("`my idf.json`", "idf:my idf.json")]
+)
+def test_an_evaluation_is_asked_for_as_it_was_deployed(
+    queries: str, asked_for: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from test_results import evaluation
+
+    from headscale import cli, collection
+    from headscale import evaluation as evaluating
+    from headscale.page.commands import evaluate_line
+    from headscale.records import Impacts
+
+    monkeypatch.chdir(tmp_path)
+    usual = replace(evaluation("bundled:tiny-bert", 0.5), pooling="sum", activation="log1p_relu", queries=queries)
+    rounded = [
+        replace(usual.systems[0], impacts=Impacts(rounding, "kept", 0.01, 0.01, 9, 0.0, 0.0, 0))
+        for rounding in ("x100", "8")
+    ]
+    found = replace(usual, systems=(*usual.systems, *rounded))
+    asked: list[Any] = []
+    monkeypatch.setattr(evaluating, "evaluate_in_run", lambda *a, setup, **k: asked.append(setup) or found)
+    nothing = collection.Collection("docs", "test", (), (), (), (), (), (), ())
+    monkeypatch.setattr(collection, "chosen_collection", lambda source, split: nothing)
+    assert cli.run([*shlex.split(evaluate_line(found))[1:], "-q"]) == 0
+    (setup,) = asked
+    assert (setup.pooling, setup.activation, setup.queries) == ("sum", "log1p_relu", asked_for)
+    assert setup.quantize == ("x100", "8")
+
+
 def choose_from(choose: Any, choice: Any, reference: Any) -> Any:
     """A real calibration of a bundled backbone on two short pairs."""
     from headscale import bundled

@@ -148,11 +148,24 @@ def evaluate_line(one: Evaluation) -> str:
         "split": None if one.collection.split == "test" else one.collection.split,
         **{n: getattr(one, n) for n in ("query_length", "document_length") if getattr(one, n) != getattr(usual, n)},
         "mask_special_tokens": one.mask_special_tokens,
+        "pooling": None if one.pooling == "max" else one.pooling,
+        "activation": None if one.activation == "relu" else one.activation,
+        "queries": _queries(one),
+        "quantize": ",".join(s.impacts.rounding for s in one.systems if s.impacts is not None) or None,
         "no_bm25": all(system.system != BM25 for system in one.systems),
         **{n: getattr(one, n) for n in ("resamples", "seed") if getattr(one, n) != getattr(usual, n)},
         "revision": _revision(one.revision, one.name),
     }
     return line("headscale", "evaluate", one.name, **options)
+
+
+def _queries(one: Evaluation) -> str | None:
+    """How to ask for the table that stood for the model on the query side, if one did."""
+    from headscale.idf import OF_COLLECTION
+
+    if one.queries == "model":
+        return None
+    return "idf" if one.queries == OF_COLLECTION else f"idf:{one.queries.strip('`')}"
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -284,7 +297,7 @@ def _trials(members: frozenset[TrainingConfig], asked: _Asked, name: str) -> lis
         if arm.mode != "none":
             own = {"scale": _exact(arm.scale), "mode": None if arm.mode == "untie" else arm.mode}
             own |= {"head_lr_multiplier": arm.head_lr_multiplier if arm.head_lr_multiplier != 1 else None}
-            own |= {"shift": getattr(arm, "shift", 0.0) or None}
+            own |= {"shift": arm.shift or None}
             own |= {"no_control": untouched is None or bool(lines)}
         own |= {"seeds": 1 + max(seeds) if max(seeds) else None, "full_length": not asked.early}
         lines.append(line("headscale", "trial", name, **own, **dict(asked.options)))
