@@ -12,7 +12,7 @@ from tiny_models import tiny_checkpoint
 
 torch = pytest.importorskip("torch")
 
-from headscale import trials  # noqa: E402
+from headscale import arms  # noqa: E402
 from headscale.cli import run  # noqa: E402
 from headscale.errors import UsageError  # noqa: E402
 from headscale.trials import TextSource, negatives_of  # noqa: E402
@@ -47,8 +47,8 @@ def test_a_teacher_is_distilled_from_a_file(
     backbone: Path, tmp_path: Path, capsys: Any, recipe: str, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = trials.run_cell
-    monkeypatch.setattr(trials, "run_cell", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
+    original = arms.run_cell
+    monkeypatch.setattr(arms, "run_cell", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     losses = []
     for factor in (1.0, 10.0):
         code, found = trial(backbone, tmp_path, capsys, "--recipe", recipe, "--pairs", written(tmp_path, factor=factor))
