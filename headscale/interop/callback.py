@@ -8,10 +8,10 @@ bitwise those of a run without the callback.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from transformers import TrainerCallback
@@ -22,7 +22,8 @@ from headscale.interop.watching import Watching
 from headscale.records import StepRecord, TrialVerdict
 from headscale.verdict import RULES, WORDS, Rules
 
-OnStep = Callable[[StepRecord, TrialVerdict], object]
+if TYPE_CHECKING:
+    from headscale.trials import OnStep
 
 
 class HeadscaleCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no stubs

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from headscale.errors import HeadscaleError, UsageError
 from headscale.records import StepRecord, TrialVerdict
 
+if TYPE_CHECKING:
+    from headscale.trials import OnStep
+
 PROJECT = "headscale"
 _SUFFIX = ".headscale"
 Scalars = dict[str, float]
-OnStep = Callable[[StepRecord, TrialVerdict], object]
 
 
 @dataclass(frozen=True)
