@@ -246,6 +246,22 @@ def test_another_constant_is_another_cell(directory: Path, tmp_path: Path) -> No
     assert len(folders) == 2
 
 
+def test_the_cell_says_what_was_done_to_the_head_before(tmp_path: Path) -> None:
+    from headscale.page.commands import commands_for
+    from headscale.tables.recipes import is_untouched
+
+    choice = Choice(match="constant", k=4, shift=True)
+    written = tmp_path / "calibrated"
+    found = api.calibrate("bundled:tiny-modernbert", reference="bundled:tiny-bert", choice=choice, save=written)
+    _, _, watch = trained(written, tmp_path, options={"run": tmp_path / "run"}, max_steps=1)
+    assert watch is not None
+    (training,) = results.load([tmp_path / "run"]).trainings
+    said = training.training
+    assert (said["scale"], said["shift"], said["mode"]) == (0.25, found.shift, "untie")
+    assert not is_untouched(training)
+    assert commands_for(results.load([tmp_path / "run"]), tmp_path / "run") == ()  # it was not ours to ask for
+
+
 def test_every_third_step(directory: Path, tmp_path: Path) -> None:
     _, _, every = trained(directory, tmp_path, max_steps=10)
     _, _, third = trained(directory, tmp_path, max_steps=10, options={"every": 3})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Self
 
+from headscale.files import load_json
 from headscale.objective import Schedule
 from headscale.recipes import TrainingConfig
 
@@ -91,6 +93,7 @@ def config_of(
     lambdas: tuple[float | None, float | None],
     head_lr_multiplier: float,
     length: int,
+    start: Mapping[str, Any],
 ) -> TheirConfig:
     """The trainer's arguments as a `TrainingConfig`.
 
@@ -102,6 +105,7 @@ def config_of(
         lambdas: its weights of the queries' and documents' regularizers, once their ramp is over.
         head_lr_multiplier: of the head's optimizer group over the encoder's.
         length: tokens to which the model cuts texts.
+        start: what was done to the head before, from `start_of`.
     """
     kind = _LOSSES.get(type(loss.loss).__name__, "infonce")
     config = TheirConfig(
@@ -112,10 +116,26 @@ def config_of(
         head_lr_multiplier=head_lr_multiplier, weight_decay=args.weight_decay,
         warmup_steps=args.get_warmup_steps(steps), clip=args.max_grad_norm or None,
         precision="fp16" if args.fp16 else "bf16" if args.bf16 else "fp32",
-        query_length=length, document_length=length, seed=args.seed, device=str(args.device),
+        query_length=length, document_length=length, seed=args.seed, device=str(args.device), **start,
     )  # fmt: skip
     config.__dict__["their_schedule"] = schedule
     return config
+
+
+def start_of(checkpoint: str) -> dict[str, Any]:
+    """What `headscale.json` says was done to a checkpoint's head, as fields of `TrainingConfig`; else nothing.
+
+    Args:
+        checkpoint: what the model was loaded from; "" where nothing says so.
+    """
+    file = Path(checkpoint, "headscale.json")
+    said = load_json(file, str(file)) if checkpoint and file.is_file() else None
+    if not isinstance(said, dict) or said.get("schema") != "headscale.checkpoint/1":
+        return {}
+    return {
+        "scale": said["scale"], "shift": said.get("shift", 0.0), "mode": said["mode"],
+        "scale_bias": said.get("bias_policy") != "keep",
+    }  # fmt: skip
 
 
 def temperature_of(loss: Any) -> float:

@@ -19,7 +19,7 @@ from headscale import __version__, cells
 from headscale.device import peak_memory
 from headscale.errors import UsageError
 from headscale.head import LoadedHead, load_head
-from headscale.interop.schedule import TheirSchedule, config_of, learning_rates, temperature_of
+from headscale.interop.schedule import TheirSchedule, config_of, learning_rates, start_of, temperature_of
 from headscale.interop.tracking import Tracking
 from headscale.observation import average, batch_statistics, read_off, score_statistics, total_norm
 from headscale.records import StepRecord, TrainedCell, TrainingRun, TrialVerdict
@@ -66,6 +66,7 @@ class Watching:
             args, self.schedule, steps=state.max_steps, loss=self.loss, lambdas=callback.full_lambdas,
             head_lr_multiplier=peaks["head"] / peaks["encoder"] if all(peaks.values()) else 1.0,
             length=getattr(model, "max_seq_length", None) or network.config.max_position_embeddings,
+            start=start_of(network.name_or_path),
         )  # fmt: skip
         self.watch: Watch | None = None
         self._sizes = {"query": 0, "document": 0}

@@ -34,7 +34,9 @@ _AGAIN = """python - <<'END'
 import json, pathlib
 from headscale.trials import run_cell
 for cell in sorted(pathlib.Path({run!r}).rglob("trial-*/cell.json")):
-    run_cell(json.loads(cell.read_text())["configuration"], pathlib.Path("headscale-again"))
+    configuration = json.loads(cell.read_text())["configuration"]
+    if "trainer" not in configuration:
+        run_cell(configuration, pathlib.Path("headscale-again"))
 END"""
 
 
@@ -186,7 +188,8 @@ def _trainings(found: Sequence[Configuration], run: Path) -> list[str]:
     groups: dict[_Asked, dict[str, list[TrainingConfig]]] = {}
     left = False
     for one in found:
-        if one in demo or "texts" not in one:  # a document's rows do not say what was trained on
+        # A document's rows do not say what was trained on, and another trainer's run is not ours to ask for.
+        if one in demo or "texts" not in one or "trainer" in one:
             continue
         asked = _asked(one)
         if asked is None:
