@@ -1,7 +1,8 @@
-"""A server on loopback that speaks as much of the Hugging Face hub's protocol as a model download needs.
+"""A server on loopback that speaks as much of the Hugging Face hub's protocol as a model or a dataset needs.
 
-Repositories are local directories. Large files live on a second "storage" address (another origin, as signed storage
-addresses do), where ranges are served and no authorization may arrive. Faults are switched on per server.
+Repositories are local directories; those of datasets have names that begin with `datasets/`. Large files live on a
+second "storage" address (another origin, as signed storage addresses do), where ranges are served and no authorization
+may arrive. Faults are switched on per server.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 CHUNK = 64 << 10
 
@@ -166,9 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if path.startswith("/storage/"):
                 self._storage(path)
-            elif match := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/([^/]+|refs/pr/\d+)", path):
+            elif match := re.fullmatch(r"/api/datasets/(.+?)/tree/([^/]+)/?(.*)", path):
+                self._tree(f"datasets/{match[1]}", match[2], match[3])
+            elif match := re.fullmatch(r"/api/(?:models/)?(.+?)/(revision|tree)/([^/]+|refs/pr/\d+)", path):
                 self._describe(match[1], match[3], tree=match[2] == "tree")
-            elif match := re.fullmatch(r"/api/models/(.+)", path):
+            elif match := re.fullmatch(r"/api/(?:models/)?(.+)", path):
                 self._describe(match[1], "main", tree=False)
             elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+|refs/pr/\d+)/(.+)", path):
                 self._resolve(match[1], match[2], match[3])
@@ -208,6 +211,25 @@ class _Handler(BaseHTTPRequestHandler):
         info |= {"gated": "manual" if self.hub.faults.gated else False, "private": bool(repo.token)}
         body = json.dumps(entries if tree else info).encode()
         self._send(200, body, {"Content-Type": "application/json"})
+
+    def _tree(self, name: str, revision: str, folder: str) -> None:
+        """A folder's entries, or with `recursive` everything below it."""
+        repo = self._repo(name, revision)
+        if repo is None:
+            return
+        prefix = f"{folder.rstrip('/')}/" if folder.rstrip("/") else ""
+        below = [file for file in repo.files() if file.startswith(prefix)]
+        if not below:
+            self._error(404, "EntryNotFound")
+            return
+        parts = {file: file.removeprefix(prefix).split("/") for file in below}
+        deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
+        folders = {prefix + "/".join(p[:n]) for p in parts.values() for n in range(1, len(p)) if deep or n == 1}
+        entries = [{"type": "directory", "path": path, "size": 0, "oid": _etag(path, 0)} for path in sorted(folders)]
+        for file in (file for file, p in parts.items() if deep or len(p) == 1):
+            size = (repo.directory / file).stat().st_size
+            entries.append({"type": "file", "path": file, "size": size, "oid": _etag(file, size)})
+        self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         repo = self._repo(name, revision)
