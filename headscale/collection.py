@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headscale.beir import LAYOUT, Parts, Row, identifier, joined_text, judgement, parts_of
 from headscale.errors import MemoryForecastError, UnreadableError, UsageError
+
+if TYPE_CHECKING:
+    from headscale.texts import Pair
 
 BUILT_IN = "built-in"
 
@@ -81,10 +85,14 @@ def builtin_collection(*, tell: Callable[[str], None] | None = None) -> Collecti
     """
     from headscale.texts import builtin_pairs
 
-    pairs = builtin_pairs("test", progress=tell)
+    return collection_of(BUILT_IN, builtin_pairs("test", progress=tell))
+
+
+def collection_of(name: str, pairs: Sequence[Pair]) -> Collection:
+    """Pairs as a collection in which every query asks for its own document among all of theirs."""
     count = range(len(pairs))
     return Collection(
-        name=BUILT_IN,
+        name=name,
         split="test",
         document_ids=tuple(f"d{i}" for i in count),
         documents=tuple(pair.document for pair in pairs),

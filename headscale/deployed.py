@@ -31,11 +31,11 @@ def measure_deployed(backbone: Backbone, texts: Texts, setup: Setup) -> Deployed
     """
     from dataclasses import replace
 
-    from headscale.inspection import collection_of
+    from headscale.collection import collection_of
 
     encoding = texts.encoding
     setup = replace(setup, query_length=encoding.query_length, document_length=encoding.document_length)
-    collection = collection_of(texts)
+    collection = collection_of(texts.settings.source, texts.pairs)
     plan = planned(backbone, collection, setup)
     documents = plan.encoder.encode(collection.documents, max_length=encoding.document_length)
     if plan.queries is None:

@@ -28,7 +28,6 @@ from headscale.vocabulary import read_vocabulary, tokenizer_vocabulary, vocabula
 
 if TYPE_CHECKING:
     from headscale.backbone import Backbone
-    from headscale.collection import Collection
     from headscale.texts import Pair
 
 BUILT_IN_PAIRS = 128  # four batches of 32: the loss at step 0 is then known to about 3 % (sd over batches, measured)
@@ -91,24 +90,6 @@ def texts_of(pairs: Sequence[Pair], source: str, encoding: Encoding = DEFAULT_EN
         batch_size=encoding.batch_size,
     )
     return Texts(pairs, settings)
-
-
-def collection_of(texts: Texts) -> Collection:
-    """The pairs as a collection in which every query asks for its own document."""
-    from headscale.collection import Collection
-
-    pairs = texts.pairs
-    return Collection(
-        name=texts.settings.source,
-        split="test",
-        document_ids=tuple(f"d{i}" for i in range(len(pairs))),
-        documents=tuple(pair.document for pair in pairs),
-        query_ids=tuple(f"q{i}" for i in range(len(pairs))),
-        queries=tuple(pair.query for pair in pairs),
-        relevant=tuple({i: 1} for i in range(len(pairs))),
-        absent=tuple({} for _ in pairs),
-        own=(None,) * len(pairs),
-    )
 
 
 def halves(texts: Sequence[str]) -> list[Pair]:
