@@ -20,7 +20,7 @@ from headscale.impacts import Rounded, Rounding, impacts_of
 from headscale.records import Impacts, Record, Sparsity
 from headscale.search import Tally, encode_documents, encode_queries, encoding_order
 from headscale.shards import Shards
-from headscale.staging import created, staged
+from headscale.staging import check_empty, created, staged
 from headscale.terms import term_names
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def check_target(kind: str, target: Path) -> None:
     """
     if kind not in FORMATS:
         raise UsageError(f"`--format {kind}` is none of {', '.join(FORMATS)}", "see `headscale encode --help`")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"`{target}` holds something already", "give `-o` a folder that is empty or new")
+    check_empty(target, "-o")
 
 
 def _encoded(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscale import __version__
 from headscale.errors import HeadscaleError, UsageError
-from headscale.staging import staged
+from headscale.staging import check_empty, staged
 
 if TYPE_CHECKING:
     from headscale.recipes import TrainingConfig
@@ -27,8 +27,7 @@ def check_savable(mode: str, target: Path) -> None:
     """
     if mode == "logits":
         raise UsageError("`--mode logits` keeps the constant out of the weights", "save with `--mode untie` or `fold`")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"`{target}` holds something already", "give `--save-model` a folder that is empty or new")
+    check_empty(target, "--save-model")
 
 
 def save_trained(

@@ -11,10 +11,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from headscale.errors import HeadscaleError, UnreadableError
+from headscale.errors import HeadscaleError, UnreadableError, UsageError
 
 _BLOCK = 4 << 20
 _HINT = "give a place with enough room that you may write to"
+
+
+def check_empty(target: Path, option: str) -> None:
+    """Refuse a place that is taken, before anything is computed for it.
+
+    Args:
+        target: where a folder is to be.
+        option: that names it.
+
+    Raises:
+        UsageError: it is a file, or a folder that holds something.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"`{target}` holds something already", f"give `{option}` a folder that is empty or new")
 
 
 @contextmanager

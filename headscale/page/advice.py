@@ -58,6 +58,7 @@ class Application:
 def bands() -> tuple[Band, ...]:
     """What good looks like, each line with its source; numbers are those that the verdicts use."""
     from headscale.diagnosis import COSINE_CEILING, EMPTY_CEILING, LOSS_CEILING, SCORE_SD_FLOOR
+    from headscale.tables.logs import HEALTHY_DIMS
     from headscale.verdict import RULES
 
     before, after = "before training", "after training"
@@ -73,7 +74,7 @@ def bands() -> tuple[Band, ...]:
         Band(after, "contrastive loss [ln N]", "well below 1; a run that sits at 1 has collapsed", _STUDY),
         Band(after, "positives that win their batch", f"more than {RULES.degraded_accuracy:.0%}", _STUDY),
         Band(after, "active dims of a query", "30 to 50", _GUIDE),
-        Band(after, "active dims of a document", "150 to 250", _GUIDE),
+        Band(after, "active dims of a document", f"{HEALTHY_DIMS[0]} to {HEALTHY_DIMS[1]}", _GUIDE),
         Band(after, "share of the vocabulary active", f"below {RULES.dense_share:.1%} of a document's terms", _STUDY),
     )
 
