@@ -149,7 +149,9 @@ def trial(
 @app.command()
 def sweep(
     backbones: Annotated[list[str], typer.Argument(metavar="BACKBONE...", help="Hub ids, directories, bundled:NAME.")],
-    scales: Annotated[str, typer.Option(metavar="LIST", help="Constants: auto, none, 1/16, 0.25.")] = "auto,none",
+    scales: Annotated[
+        str, typer.Option(metavar="LIST", help="Constants: auto (without a shift), none, 1/16, 0.25.")
+    ] = "auto,none",
     reference: Ref = "bert-base-uncased",
     modes: Annotated[str, typer.Option(metavar="LIST", help="Of untie, fold, logits.")] = "untie",
     head_lr_multipliers: Annotated[str, typer.Option(metavar="LIST", help="Of the untied head.")] = "1",
