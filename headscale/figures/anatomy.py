@@ -14,6 +14,7 @@ from headscale.figures.style import (
     MUTED,
     REFERENCE_COLOUR,
     SMALL,
+    TINY,
     colours,
     distinct,
     panels,
@@ -78,7 +79,7 @@ def draw_anatomy(data: DataFrame, ax: Axes | None = None, *, title: str = "", su
     titles(figure, axes, title or f"Anatomy of {heads}", subtitle or "; ".join(parts))
     settle(figure)
     for panel, (labels, lines) in named.items():
-        place(panel, labels, avoid=lines, size=7.5)
+        place(panel, labels, avoid=lines, size=TINY)
     label_ends(spectrum, ends)
     return figure
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscale.constants import ratio_text
 from headscale.figures.labels import Label, place
-from headscale.figures.style import COLOURS, FOREGROUND, MUTED, SHAPES, colours, distinct
+from headscale.figures.style import COLOURS, FOREGROUND, MUTED, SHAPES, TINY, colours, distinct
 from headscale.tables import rows_of
 from headscale.verdict import WORDS
 
@@ -174,4 +174,4 @@ def chance(ax: Axes, value: float, where: str = "chance") -> None:
     """A dotted line at what a random order reaches."""
     ax.axhline(value, color=MUTED, linewidth=0.9, linestyle=":", zorder=0)
     ax.annotate(where, (1.0, value), xycoords=("axes fraction", "data"), xytext=(3, 0), va="center",
-                textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
+                textcoords="offset points", fontsize=TINY, color=MUTED)  # fmt: skip
