@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from headscale.api import Loading
     from headscale.recipes import TrainingConfig
 
-Watching = Callable[[str, int], AbstractContextManager[OnStep | None]]
+Watcher = Callable[[str, int], AbstractContextManager[OnStep | None]]
 """Given an arm's name and a seed: what is told of every step of that training, inside a `with`."""
 
 
@@ -94,7 +94,7 @@ def run_trial(
     *,
     bench: Bench,
     loading: Loading | None = None,
-    watch: Watching | None = None,
+    watch: Watcher | None = None,
     on_trained: OnTrained | None = None,
     identity: Any = None,
     force: bool = False,

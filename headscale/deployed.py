@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from headscale.deployment import planned
+from headscale.deployment import deployment_of
 from headscale.impacts import Rounded, impacts_of
 from headscale.records import Deployed
 
@@ -36,7 +36,7 @@ def measure_deployed(backbone: Backbone, texts: Texts, setup: Setup) -> Deployed
     encoding = texts.encoding
     setup = replace(setup, query_length=encoding.query_length, document_length=encoding.document_length)
     collection = collection_of(texts.settings.source, texts.pairs)
-    plan = planned(backbone, collection, setup)
+    plan = deployment_of(backbone, collection, setup)
     documents = plan.encoder.encode(collection.documents, max_length=encoding.document_length)
     if plan.queries is None:
         queries = plan.encoder.encode(collection.queries, max_length=encoding.query_length)

@@ -58,7 +58,7 @@ def declared(backbone: Backbone) -> Declared:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Deployment:
     """How a model and a collection are going to be searched.
 
     Args:
@@ -76,7 +76,7 @@ class Plan:
     scale: float | None
 
 
-def planned(backbone: Backbone, collection: Collection, setup: Setup) -> Plan:
+def deployment_of(backbone: Backbone, collection: Collection, setup: Setup) -> Deployment:
     """What the options say, else the checkpoint, else max, relu and the model for queries.
 
     Args:
@@ -93,7 +93,7 @@ def planned(backbone: Backbone, collection: Collection, setup: Setup) -> Plan:
         pooling=setup.pooling or said.pooling or "max", activation=setup.activation or said.activation or "relu",
     )  # fmt: skip
     queries = _query_table(backbone, collection, setup, said.table)
-    return Plan(encoder, queries, roundings(",".join(setup.quantize)), setup, _constant(backbone))
+    return Deployment(encoder, queries, roundings(",".join(setup.quantize)), setup, _constant(backbone))
 
 
 def _query_table(backbone: Backbone, collection: Collection, setup: Setup, own: Path | None) -> IdfQueries | None:
@@ -124,7 +124,7 @@ def _constant(backbone: Backbone) -> float | None:
     return scale if isinstance(scale, int | float) and scale != 1 else None
 
 
-def interactions(plan: Plan, impacts: Sequence[Impacts | None]) -> list[str]:
+def interactions(plan: Deployment, impacts: Sequence[Impacts | None]) -> list[str]:
     """Where what is deployed changes what a constant in the weights does, in sentences.
 
     Args:

@@ -60,7 +60,7 @@ def encode(
     """
     voice = begin(f"encoding with {model}", quiet, debug, output.parent)
     from headscale.collection import chosen_collection
-    from headscale.deployment import check_options, planned
+    from headscale.deployment import check_options, deployment_of
     from headscale.device import choose_device
     from headscale.evaluation import Setup, built_in, fitting
     from headscale.impacts import one_rounding
@@ -82,7 +82,7 @@ def encode(
     setup, warnings = fitting(backbone, setup)
     voice.note(f"{len(chosen.queries)} queries, {len(chosen.documents)} documents ({chosen.name}) on {place.reason}")
     with voice.progress(f"encoding with {model}") as bar:
-        plan = planned(backbone, chosen, setup)
+        plan = deployment_of(backbone, chosen, setup)
         found = export(plan, model, chosen, output, kind=kind, rounding=rounding, index=index, on_batch=bar)
     if found.empty:
         warnings.append(f"{found.empty} documents have no active term: no index finds them")

@@ -27,7 +27,7 @@ from headscale.records import CollectionSummary, Estimate, Evaluation, SystemRes
 
 if TYPE_CHECKING:
     from headscale.backbone import Backbone
-    from headscale.deployment import Plan
+    from headscale.deployment import Deployment
     from headscale.search import Searched
 
 KIND = "evaluate"
@@ -169,11 +169,11 @@ def _evaluated(
     backbone: Backbone, collection: Collection, setup: Setup, loading: Loading, folder: Path | None = None
 ) -> tuple[Evaluation, dict[str, list[Ranked]]]:
     """The record, and the rankings by the name of their file."""
-    from headscale.deployment import interactions, planned
+    from headscale.deployment import deployment_of, interactions
     from headscale.search import search_rounded
 
     setup, cut = fitting(backbone, setup)
-    plan = planned(backbone, collection, setup)
+    plan = deployment_of(backbone, collection, setup)
     warnings = [*cut, *backbone.warnings, *_remarks(collection)]
     bm25 = _bm25(collection, setup, warnings) if setup.bm25 else None
     if folder is not None and folder.is_dir():
@@ -211,7 +211,7 @@ def _table_identity(setup: Setup) -> Any:
     return [file.stat().st_size, file.stat().st_mtime_ns] if setup.queries and file.is_file() else None
 
 
-def _model_row(name: str, plan: Plan, found: Searched, collection: Collection) -> SystemResult:
+def _model_row(name: str, plan: Deployment, found: Searched, collection: Collection) -> SystemResult:
     setup, encoder = plan.setup, plan.encoder
     activation = "" if encoder.activation == "relu" else f" {encoder.activation},"
     asked = f"queries of {setup.query_length}" if plan.queries is None else f"queries by {plan.queries.origin}"

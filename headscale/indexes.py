@@ -25,7 +25,7 @@ from headscale.terms import term_names
 
 if TYPE_CHECKING:
     from headscale.collection import Collection
-    from headscale.deployment import Plan
+    from headscale.deployment import Deployment
 
 FORMATS = ("jsonl", "anserini", "opensearch", "opensearch-ann", "seismic")
 FIELD = "embedding"  # of an OpenSearch document
@@ -59,7 +59,7 @@ def usual_rounding(kind: str) -> Rounding | None:
 
 
 def export(
-    plan: Plan,
+    plan: Deployment,
     name: str,
     collection: Collection,
     target: Path,
@@ -72,7 +72,7 @@ def export(
     """Encode a collection and write it for a search engine; an interrupted export goes on where it was.
 
     Args:
-        plan: encoder, query side and lengths, from `headscale.deployment.planned`.
+        plan: encoder, query side and lengths, from `headscale.deployment.deployment_of`.
         name: of the model.
         collection: documents and queries.
         target: a folder that is empty or new.
@@ -132,7 +132,7 @@ def check_target(kind: str, target: Path) -> None:
 
 
 def _encoded(
-    plan: Plan, name: str, collection: Collection, target: Path, on_batch: Callable[[int, int], None] | None
+    plan: Deployment, name: str, collection: Collection, target: Path, on_batch: Callable[[int, int], None] | None
 ) -> tuple[Any, Shards, Tally, Tally]:
     """The queries, the documents on disk, and the statistics of both."""
     setup, encoder, documents = plan.setup, plan.encoder, collection.documents
@@ -166,7 +166,7 @@ def _encoded(
     return queries, shards, asked, told
 
 
-def _key(plan: Plan, name: str, collection: Collection) -> str:
+def _key(plan: Deployment, name: str, collection: Collection) -> str:
     """What tells one encoding from another, for going on with it: the head's weights stand for the model's."""
     encoder = plan.encoder
     head = encoder.head.weight.detach().float().sum(1).cpu().numpy().tobytes()

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 from headscale import indexes, search  # noqa: E402
 from headscale.backbone import load_backbone  # noqa: E402
 from headscale.cli import run  # noqa: E402
-from headscale.deployment import Plan, planned  # noqa: E402
+from headscale.deployment import Deployment, deployment_of  # noqa: E402
 from headscale.errors import HeadscaleError, UsageError  # noqa: E402
 from headscale.evaluation import Setup  # noqa: E402
 from headscale.impacts import Rounding  # noqa: E402
@@ -39,12 +39,12 @@ def made() -> Any:
 
 
 @pytest.fixture(scope="module")
-def plan(made: Any, tmp_path_factory: Any) -> Plan:
+def plan(made: Any, tmp_path_factory: Any) -> Deployment:
     folder = tiny_checkpoint("bert", tmp_path_factory.mktemp("model") / "bert")
-    return planned(load_backbone(folder), made, SETUP)
+    return deployment_of(load_backbone(folder), made, SETUP)
 
 
-def dense(plan: Plan, texts: Any) -> Any:
+def dense(plan: Deployment, texts: Any) -> Any:
     """The model's own representations, in the batches that the export makes: others round otherwise."""
     order = search.encoding_order(texts)
     parts = [order[i : i + 8] for i in range(0, len(order), 8)]
@@ -68,7 +68,7 @@ def matrix(found: list[dict[str, Any]], ids: Any, names: list[str]) -> Any:
     return values
 
 
-def test_json_lines_are_the_representations(plan: Plan, made: Any, tmp_path: Path) -> None:
+def test_json_lines_are_the_representations(plan: Deployment, made: Any, tmp_path: Path) -> None:
     found = export(plan, "model", made, tmp_path / "out")
     names = term_names(plan.encoder.tokenizer, VOCAB)
     for file, ids, texts in (
@@ -81,7 +81,7 @@ def test_json_lines_are_the_representations(plan: Plan, made: Any, tmp_path: Pat
     assert sorted(one.name for one in tmp_path.iterdir()) == ["out"]  # nothing beside it is left
 
 
-def test_anserinis_files_hold_impacts(plan: Plan, made: Any, tmp_path: Path) -> None:
+def test_anserinis_files_hold_impacts(plan: Deployment, made: Any, tmp_path: Path) -> None:
     found = export(plan, "model", made, tmp_path / "out", kind="anserini", rounding=Rounding())
     names = term_names(plan.encoder.tokenizer, VOCAB)
     documents = rows(tmp_path / "out" / "corpus" / "documents.jsonl")
@@ -97,7 +97,7 @@ def test_anserinis_files_hold_impacts(plan: Plan, made: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["opensearch", "opensearch-ann"])
-def test_opensearchs_bulk_request_and_queries(plan: Plan, made: Any, tmp_path: Path, kind: str) -> None:
+def test_opensearchs_bulk_request_and_queries(plan: Deployment, made: Any, tmp_path: Path, kind: str) -> None:
     export(plan, "model", made, tmp_path / "out", kind=kind, index="mine")
     lines = rows(tmp_path / "out" / "documents.bulk.ndjson")
     actions, sources = lines[::2], lines[1::2]
@@ -156,7 +156,7 @@ def test_seismic_finds_what_exact_search_finds(tmp_path: Path) -> None:
         queries=tuple(pair.query for pair in pairs), relevant=tuple({i: 1} for i in count),
         absent=tuple({} for _ in pairs), own=(None,) * len(pairs),
     )  # fmt: skip
-    plan = planned(load_backbone(bundled.path("bundled:tiny-bert")), real, Setup(32, 48))
+    plan = deployment_of(load_backbone(bundled.path("bundled:tiny-bert")), real, Setup(32, 48))
     exact = search.search(plan.encoder, real, query_length=32, document_length=48, batch_size=32)
     export(plan, "model", real, tmp_path / "out", kind="seismic")
     recall = seismic_recall(tmp_path / "out", exact.rankings, real.document_ids)
@@ -193,7 +193,7 @@ def test_no_two_terms_share_a_name_and_none_is_split() -> None:
 
 
 def test_an_interrupted_export_goes_on_and_leaves_nothing_half(
-    plan: Plan, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Deployment, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "_BLOCK_DOCUMENTS", 8)
 
@@ -213,7 +213,7 @@ def test_an_interrupted_export_goes_on_and_leaves_nothing_half(
 
 
 def test_a_failed_write_leaves_no_folder(
-    plan: Plan, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Deployment, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -224,7 +224,7 @@ def test_a_failed_write_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_not_finite_are_not_exported(plan: Plan, made: Any, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_exported(plan: Deployment, made: Any, tmp_path: Path) -> None:
     weight = plan.encoder.head.weight
     with torch.no_grad():
         kept = weight[7].clone()
