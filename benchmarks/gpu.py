@@ -6,7 +6,7 @@ against float64 (the gradients at the position that won), and repeated to see th
 runs out of memory says so and the others go on.
 
 Example:
-    python benchmarks/gpu.py --json reports/gpu.json
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --tiny
 """
 

@@ -1,7 +1,7 @@
 """The pooled head against the bare matmul, sentence-transformers' own path and the plain implementation.
 
 Example:
-    python benchmarks/pooled_head.py --json reports/pooled_head.json
+    python benchmarks/pooled_head.py --json benchmarks/results/pooled_head.json
 """
 
 from __future__ import annotations
