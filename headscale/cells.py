@@ -13,7 +13,6 @@ from typing import Any
 
 from headscale.errors import HeadscaleError, NotFoundError, UnreadableError
 
-DEFAULT_RUN = "headscale-runs"
 CELL = "cell.json"
 STEPS = "steps.jsonl"
 BEGUN = "begun.json"  # the configuration of a cell that is still at work: there is no `cell.json` yet

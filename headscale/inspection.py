@@ -59,7 +59,6 @@ class Measured:
     backbone: Backbone | None = None
     seen: Observation | None = None
     texts: Texts | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def built_in_texts(

@@ -284,19 +284,23 @@ def _train_cell(
             model, backbone.tokenizer, corpus.train, config, on_step=observe, inplace=True, team=bench.team,
             tell=bench.tell,
         )  # fmt: skip
-    interrupted = run.status == "interrupted"
-    dev = test = None
-    if not interrupted:
-        try:
-            dev, test = (
-                team.first_does(partial(ranking_of, model, backbone.tokenizer, config, pool))
-                for pool in (corpus.dev, corpus.test)
-            )
-        except KeyboardInterrupt:
-            interrupted = True
+    rank = partial(ranking_of, model, backbone.tokenizer, config)
+    rankings = None if run.status == "interrupted" else _rankings(corpus, rank, team)
+    dev, test = rankings or (None, None)
     run = replace(run, end=replace(run.end, ranking=test))
     verdict = team.first_does(lambda: watch.verdict)
-    return TrainedCell(backbone.name, backbone.revision, run, verdict, dev), model, interrupted
+    return TrainedCell(backbone.name, backbone.revision, run, verdict, dev), model, rankings is None
+
+
+def _rankings(
+    corpus: Corpus, rank: Callable[[Sequence[Pair]], RankMetrics | None], team: Team
+) -> tuple[RankMetrics | None, RankMetrics | None] | None:
+    """Of the dev and the test pairs; None where they were interrupted."""
+    try:
+        dev, test = (team.first_does(partial(rank, pool)) for pool in (corpus.dev, corpus.test))
+    except KeyboardInterrupt:
+        return None
+    return dev, test
 
 
 def _checked_corpus(configuration: dict[str, Any], bench: Bench) -> Corpus:
