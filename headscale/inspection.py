@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from headscale.activations import (
     output_statistics,
     scale_curve,
 )
-from headscale.diagnosis import causes, judge
+from headscale.diagnosis import judge
 from headscale.errors import UsageError
 from headscale.norms import loaded_weight_statistics, stored_weight_statistics
 from headscale.records import Inspection, TextSettings
@@ -214,4 +214,4 @@ def measure(
         gradients=gradient_norms(loaded, backbone.tokenizer, texts.pairs, texts.encoding),
         verdict=verdict,
     )
-    return Measured(inspection, backbone, seen, texts, causes(verdict, output, weights.vocabulary))
+    return Measured(inspection, backbone, seen, texts)
