@@ -323,7 +323,8 @@ def show_targets(found: Sequence[Calibration]) -> None:
         show(target_rows(found), CALIBRATE_COLUMNS)
         return
     for calibration in found:
-        print(f"{calibration.name}, against {calibration.reference}")
+        shifted = f", {short(calibration.shift)} added to the bias first" if calibration.shift else ""
+        print(f"{calibration.name}, against {calibration.reference}{shifted}")
         show(target_rows([calibration]), CALIBRATE_COLUMNS)
 
 
@@ -333,6 +334,7 @@ CALIBRATE_COLUMNS = (
     Column("target", _target("name")),
     Column("statistic", _target("statistic"), on_terminal=False),
     Column("goal", _target("target")),
+    Column("shift", lambda r: r.calibration.shift, on_terminal=False),
     Column("solution [x]", _target("scale")),
     Column("scale [x]", lambda r: r.scale, as_text=ratio_text),
     Column("head lr [x]", lambda r: r.calibration.head_lr_multiplier if r.chosen else None),
