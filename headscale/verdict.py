@@ -205,6 +205,7 @@ class Watch:
         self.vocab_size = vocab_size
         self.rules = rules
         self.steps: list[StepRecord] = []
+        self.trains = False  # the forecast said so: from then on a failure has to show itself
         self.verdict = _inconclusive("nothing was seen yet", 0.0)
 
     def __call__(self, record: StepRecord) -> TrialVerdict:
@@ -275,14 +276,15 @@ class Watch:
             told += f", with {seen['active_dims_query']:.0f} active dims per query"
         if math.isnan(value):
             return _inconclusive(f"{statistic} was not observed", value, trains_to, rule=rule, statistic=statistic)
+        if self.trains or sign * value <= sign * trains_to:  # the thresholds are those of the time of the decision
+            self.trains = True
+            return self._trains(seen, share, _open("stable", rule, statistic, value, trains_to, told))
         if sign * value >= sign * fails_from:
             return _certain(
                 "collapsed", rule, statistic, value, fails_from, f"{told}; from {fails_from:.3g} on runs fail"
             )
-        if sign * value > sign * trains_to:
-            sentence = f"{told}, between what trains ({trains_to:.3g}) and what fails ({fails_from:.3g})"
-            return _inconclusive(sentence, value, trains_to, rule=rule, statistic=statistic)
-        return self._trains(seen, share, _open("stable", rule, statistic, value, trains_to, told))
+        sentence = f"{told}, between what trains ({trains_to:.3g}) and what fails ({fails_from:.3g})"
+        return _inconclusive(sentence, value, trains_to, rule=rule, statistic=statistic)
 
     def _trains(self, seen: dict[str, float], share: float, stable: TrialVerdict) -> TrialVerdict:
         """`stable` as it was told, unless enough of the run is over to call it dense or degraded."""

@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from headscale.constants import ratio_text
 from headscale.errors import HeadscaleError
 from headscale.figures.labels import Label, label_ends, settle
-from headscale.figures.points import legible, log_axis
+from headscale.figures.points import legible, log_axis, start_text
 from headscale.figures.style import (
     COLOURS,
     FOREGROUND,
@@ -88,7 +87,8 @@ def _arms(steps: DataFrame) -> list[dict[str, Any]]:
     for key, group in steps.groupby(["backbone", "arm", "scale"], sort=False):
         backbone, arm, scale = key
         reference = bool(group["reference"].iloc[0]) and arm == "untouched"
-        name = "reference" if reference else arm if arm == "untouched" else f"x {ratio_text(scale)}"
+        own = {"scale": scale, "shift": float(group["shift"].iloc[0]), "arm": arm}
+        name = "reference" if reference else start_text(own) or arm
         found.append({
             "key": key, "label": name, "backbone": backbone,
             "colour": REFERENCE_COLOUR if reference else COLOURS[others % len(COLOURS)],

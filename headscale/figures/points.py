@@ -52,7 +52,7 @@ def draw_points(ax: Axes, data: DataFrame, x: str) -> dict[str, str]:
     chosen = colours(names, list(references))
     for name in sorted(names, key=lambda n: n in references):
         own = data[data["backbone"] == name].sort_values("scale")
-        line = own.drop_duplicates("scale")
+        line = own[own["arm"] != "shifted"].drop_duplicates("scale")
         if len(line) > 1:
             ax.plot(line[x], line["value"], color=chosen[name], linewidth=0.9, alpha=0.5, zorder=1)
         held = own[own["low"].notna()]
@@ -106,15 +106,22 @@ def label_points(
     lines: list[np.ndarray] = []
     if len(chosen) <= MANY:
         lines += [np.array([(r[x], r["low"]), (r[x], r["high"])]) for r in rows_of(data[data["low"].notna()])]
-        ordered = data.sort_values("scale").drop_duplicates(["backbone", "scale"])
+        ordered = data[data["arm"] != "shifted"].sort_values("scale").drop_duplicates(["backbone", "scale"])
         lines += [own[[x, "value"]].to_numpy(float) for _, own in ordered.groupby("backbone")]
     return place(ax, labels, avoid=[*avoid, *lines])
 
 
 def _label(row: dict[str, Any], x: str, name: str, chosen: dict[str, str]) -> Label:
-    constant = "" if row["scale"] == 1.0 and (name or row["arm"] == "untouched") else f"x {ratio_text(row['scale'])}"
-    text = " ".join(part for part in (name, constant) if part) or "untouched"
+    text = " ".join(part for part in (name, start_text(row, named=bool(name))) if part) or "untouched"
     return Label(float(row[x]), float(row["value"]), text, legible(chosen[row["backbone"]]))
+
+
+def start_text(row: dict[str, Any], *, named: bool = False) -> str:
+    """What was done to the head, in short: `shift -7.04`, `x 1/4`; nothing where a name says enough."""
+    parts = [f"shift {row['shift']:.3g}"] if row["shift"] else []
+    if row["scale"] != 1.0 or not (parts or named or row["arm"] == "untouched"):
+        parts.append(f"x {ratio_text(row['scale'])}")
+    return ", ".join(parts)
 
 
 def legible(colour: str) -> str:

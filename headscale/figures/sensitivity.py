@@ -23,7 +23,7 @@ from headscale.figures.style import (
     styled,
     titles,
 )
-from headscale.tables import worst_word
+from headscale.tables import rows_of, worst_word
 from headscale.verdict import FAILED
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 6
 _FAR = 64.0  # a target's constant further than this from any that was trained is left out
+_BOLD = 1.14  # how much wider DejaVu Sans is in bold, measured on the names of the targets
 _HATCH = {"degraded": "..", "collapsed": "////", "diverged": "\\\\\\\\"}
 
 
@@ -90,6 +91,7 @@ def draw_sensitivity(
     points = trained[(trained["kind"] == "point") & trained["backbone"].isin(shown)]
     said = f"{intervals_key(points.assign(interval=_interval(points)))}; {shapes_key(trained)}"
     said += "; hollow: untouched" if (trained["arm"] == "untouched").any() else ""
+    said += "; diamonds: shifted only" if (trained["arm"] == "shifted").any() else ""
     titles(figure, axes, title or own, subtitle or said)
     settle(figure)
     for panel, name in zip(axes, shown, strict=False):
@@ -112,19 +114,22 @@ def _panel(ax: Axes, data: DataFrame, name: str, targets: Sequence[float]) -> No
     colour = FOREGROUND if reference else COLOURS[1]
     ax.set_xscale("log", base=2)
     points = data[(data["kind"] == "point") & data["value"].notna()].sort_values("scale")
+    shifted = points[points["arm"] == "shifted"]
+    points = points[points["arm"] != "shifted"]
     line = points.sort_values("arm", kind="stable").drop_duplicates("scale").sort_values("scale")
     ax.plot(line["scale"], line["value"], color=colour, linewidth=1.3, alpha=0.7)
     held = points[points["low"].notna()]
     ax.errorbar(held["scale"], held["value"], yerr=[(held["value"] - held["low"]).clip(lower=0),
                 (held["high"] - held["value"]).clip(lower=0)], fmt="none", color=colour, elinewidth=0.9, capsize=2.5,
                 alpha=0.8)  # fmt: skip
-    seeds = data[(data["kind"] == "seed") & data["value"].notna()]
+    seeds = data[(data["kind"] == "seed") & data["value"].notna() & (data["arm"] != "shifted")]
     keys: Any
     for keys, group in seeds.groupby(["verdict", "arm"], sort=False):
         verdict, arm = keys
         face = "none" if arm == "untouched" else colour
         ax.plot(group["scale"], group["value"], marker=SHAPES.get(verdict, "o"), markersize=5.5, linestyle="none",
                 markerfacecolor=face, markeredgecolor=colour, markeredgewidth=0.9, zorder=3)  # fmt: skip
+    _shifted(ax, shifted)
     low, high = data["scale"].min(), data["scale"].max()
     near = [a for a in targets if low / _FAR <= a <= high * _FAR]
     low, high = min([low, *near]) / 1.5, max([high, *near]) * 1.5
@@ -143,6 +148,16 @@ def _panel(ax: Axes, data: DataFrame, name: str, targets: Sequence[float]) -> No
     ax.set_ylabel(f"{data['metric'].iloc[0]} [share]")
     note = " (reference)" if reference else ""
     ax.set_title(f"{name}{note}", loc="left", fontsize=SMALL + 0.5, color=FOREGROUND)
+
+
+def _shifted(ax: Axes, points: DataFrame) -> None:
+    """Heads whose level was moved and nothing else: a diamond each, the best of them named."""
+    ax.plot(points["scale"], points["value"], marker="D", markersize=6, linestyle="none", color=COLOURS[0], zorder=4)
+    if len(points):
+        best = max(rows_of(points), key=lambda row: float(row["value"]))
+        at = (best["scale"], best["value"])
+        ax.annotate(f"shift {best['shift']:.3g}", at, xytext=(-7, 0), ha="right", va="center", fontsize=TINY,
+                    textcoords="offset points", color=COLOURS[0])  # fmt: skip
 
 
 def _regions(ax: Axes, points: DataFrame, seeds: DataFrame, low: float, high: float) -> None:
@@ -174,7 +189,9 @@ def _target_names(targets: DataFrame) -> dict[float, str]:
         plain = [n for n in names if ":" not in n]
         variants = [n.split(":", 1)[1] for n in names if ":" in n and n.split(":", 1)[0] not in plain]
         chosen = [n for n in plain if group.loc[group["target"] == n, "chosen"].any()]
-        words = [*(f"{n} (chosen)" for n in chosen), *(n for n in plain if n not in chosen), *variants]
+        moved = sorted({float(s) for s in group.loc[group["chosen"].astype(bool), "shift"] if s})
+        how = f"chosen, shift {moved[0]:.3g}" if moved else "chosen"
+        words = [*(f"{n} ({how})" for n in chosen), *(n for n in plain if n not in chosen), *variants]
         found[float(str(scale))] = ", ".join(words)
     return found
 
@@ -192,7 +209,7 @@ def _targets(ax: Axes, targets: DataFrame) -> None:
     placed = []
     for at, text in sorted(names.items()):
         pixel = float(ax.transData.transform((at, 0.0))[0])
-        width = extent(figure, text, TINY)[0] * scale
+        width = extent(figure, text, TINY)[0] * scale * (_BOLD if at in chosen else 1.0)
         left = min(max(pixel - width / 2, frame.x0 + 2), frame.x1 + 30 * scale - width)
         lane = next((i for i, end in enumerate(lanes) if end + 5 * scale < left), len(lanes))
         lanes[lane : lane + 1] = [left + width]

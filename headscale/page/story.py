@@ -39,9 +39,10 @@ class Arm:
             return "untouched"
         learning = self.training.get("head_lr_multiplier", 1.0)
         extra = f" with {learning:g} times the learning rate on the head" if learning != 1 else ""
-        shift = self.training.get("shift") or 0.0
-        shifted = f"its bias shifted by {shift:.3g} and " if shift else ""
-        return f"{shifted}multiplied by {ratio_text(self.training['scale'])} before training{extra}"
+        shift, scale = self.training.get("shift") or 0.0, self.training["scale"]
+        parts = [f"its bias shifted by {shift:.3g}"] if shift else []
+        parts += [f"multiplied by {ratio_text(scale)}"] if scale != 1 or not shift else []
+        return f"{' and '.join(parts)} before training{extra}"
 
     @property
     def words(self) -> list[str]:
@@ -120,7 +121,7 @@ def _of_trainings(results: Results) -> str:
         failed = sum(any(word in FAILED for word in pair[0].words) for pair in both.values() if pair[0])
         trained = sum(set(pair[1].words) == {"stable"} for pair in both.values() if pair[1])
         return (
-            f"Untouched, {failed} of {len(both)} backbones fail to train; with the constant that ranks best, {trained} "
+            f"Untouched, {failed} of {len(both)} backbones fail to train; with the start that ranks best, {trained} "
             f"of {len(both)} are stable in every seed."
         )
     judged = [word for one in results.trainings if one.status == "done" and (word := word_of(one))]
@@ -169,7 +170,7 @@ def trained_sentences(results: Results) -> list[str]:
     sentences = []
     for backbone, groups in arms_of(results).items():
         scaled = sum(not arm.untouched for arm in groups[0])
-        note = f" That constant ranks best of {scaled} tried." if scaled > 1 else ""
+        note = f" That start ranks best of {scaled} tried." if scaled > 1 else ""
         sentences.append(_trained_sentence(backbone, _pair(groups[0]), note=note))
     return [sentence for sentence in sentences if sentence]
 
@@ -203,10 +204,9 @@ def calibrated_sentence(one: Calibration) -> str:
     moved = "" if after is None else f": the loss at step 0 goes from {before:.3g} to {after:.3g} x ln N"
     if one.scale == 1 and not one.shift:
         return f"{name} needs no constant: the loss at step 0 is {before:.3g} x ln N."
-    shifted = f"its bias is to be shifted by {one.shift:.3g} and " if one.shift else ""
-    told = f"{shifted}it is to be" if shifted else "is to be"
-    link = ": " if shifted else " "
-    return f"{name}{link}{told} multiplied by {ratio_text(one.scale)}, by the target `{one.match}`{moved}."
+    parts = [f"shifted by {one.shift:.3g}"] if one.shift else []
+    parts += [f"multiplied by {ratio_text(one.scale)}"] if one.scale != 1 or not parts else []
+    return f"{name}: its logits are to be {' and '.join(parts)}, by the target `{one.match}`{moved}."
 
 
 def inspected_sentence(one: Inspection) -> str:

@@ -12,8 +12,9 @@ from headscale.tables.trained import TRAINED_METRIC, TRAINED_METRICS, points_of,
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_SENSITIVITY = ("kind", "recipe", "setting", "backbone", "reference", "arm", "scale", "seed", "metric", "value", "low",
-                "high", "seeds", "verdict", "chance", "target", "chosen")  # fmt: skip
+_SENSITIVITY = ("kind", "recipe", "setting", "backbone", "reference", "arm", "scale", "shift", "seed", "metric",
+                "value",
+                "low", "high", "seeds", "verdict", "chance", "target", "chosen")  # fmt: skip
 
 
 def sensitivity(results: Results, *, metric: str = TRAINED_METRIC) -> DataFrame:
@@ -21,7 +22,8 @@ def sensitivity(results: Results, *, metric: str = TRAINED_METRIC) -> DataFrame:
 
     Returns:
         Rows of three kinds: `seed`, one training with its own verdict; `point`, seeds together with the worst verdict;
-        `target`, the constant that a target of `calibrate` gives, as it would be written, and whether it was chosen.
+        `target`, the constant that a target of `calibrate` gives, as it would be written, and whether it was chosen;
+        of a calibration that shifts, the chosen one alone, since the others hold after the shift only.
     """
     import pandas as pd
 
@@ -42,9 +44,11 @@ def sensitivity(results: Results, *, metric: str = TRAINED_METRIC) -> DataFrame:
 def _target_rows(calibration: Calibration) -> list[dict[str, Any]]:
     found = []
     for target in calibration.targets:
+        chosen = target.name == calibration.match
         scale = target.snapped if calibration.snapped and target.snapped is not None else target.scale
-        if scale is not None and scale > 0:
-            chosen = target.name == calibration.match
+        scale = calibration.scale if chosen else scale
+        if scale is not None and scale > 0 and (chosen or not calibration.shift):
             found.append({"kind": "target", "backbone": calibration.name, "scale": scale, "target": target.name,
+                          "shift": calibration.shift,
                           "chosen": chosen})  # fmt: skip
     return found

@@ -11,6 +11,7 @@ from headscale.results import Results
 from headscale.tables.published import published_rows
 from headscale.tables.trained import (
     RESCALED,
+    SHIFTED,
     TRAINED_METRIC,
     UNTOUCHED,
     points_of,
@@ -39,11 +40,12 @@ def _evaluated(results: Results) -> list[dict[str, Any]]:
     rows = []
     for evaluation in results.evaluations:
         made = written.get(evaluation.name)
-        backbone, scale = (made.name, made.scale or 1.0) if made else (evaluation.name, 1.0)
+        backbone, scale, shift = (made.name, made.scale or 1.0, made.shift) if made else (evaluation.name, 1.0, 0.0)
+        arm = UNTOUCHED if not made else SHIFTED if shift and scale == 1.0 else RESCALED
         model = evaluation.systems[0]
         shared = {
             "source": "evaluation", "recipe": "", "setting": _collection(evaluation), "backbone": backbone,
-            "reference": backbone in references, "arm": RESCALED if made else UNTOUCHED, "scale": scale, "seeds": 1,
+            "reference": backbone in references, "arm": arm, "scale": scale, "shift": shift, "seeds": 1,
             "trainings": 1, "verdict": "", "interval": QUERY_INTERVAL, "flops_cost": _or_nan(model.flops_cost),
             "active_dims_query": model.query.active_dims if model.query else math.nan,
             "active_dims_document": model.document.active_dims if model.document else math.nan,
@@ -68,7 +70,8 @@ def _or_nan(value: float | None) -> float:
 
 # --- figure 1 ------------------------------------------------------------------------------------------------------
 
-_EFFECTIVENESS = ("source", "recipe", "setting", "backbone", "reference", "arm", "scale", "norm_name", "norm", "metric",
+_EFFECTIVENESS = ("source", "recipe", "setting", "backbone", "reference", "arm", "scale", "shift", "norm_name",
+                  "norm", "metric",
                   "value", "low", "high", "seeds", "trainings", "interval", "verdict", "own_point")  # fmt: skip
 
 
@@ -96,7 +99,9 @@ def norm_effectiveness(
         trained = row.get("norm", math.nan) if norm == "frobenius" else math.nan
         row.update(norm_name=norm, norm=measured if math.isfinite(measured) else trained)
     frame = pd.DataFrame(rows, columns=[c for c in _EFFECTIVENESS if c != "own_point"])
-    own = frame.index[(frame["scale"] == 1.0) & frame["value"].notna() & frame["norm"].notna()]
+    own = frame.index[
+        (frame["scale"] == 1.0) & (frame["arm"] != SHIFTED) & frame["value"].notna() & frame["norm"].notna()
+    ]
     first = frame.loc[own].sort_values("arm", key=lambda a: a != UNTOUCHED, kind="stable")
     kept = first.drop_duplicates(["source", "recipe", "metric", "backbone"]).index
     return frame.assign(own_point=frame.index.isin(kept))
@@ -136,7 +141,8 @@ def rank_correlation(data: DataFrame) -> RankCorrelation | None:
 # --- figure 2 ------------------------------------------------------------------------------------------------------
 
 SPARSITY = ("active_dims_document", "active_dims_query", "flops_cost")
-_TRADEOFF = ("source", "recipe", "setting", "backbone", "reference", "arm", "scale", "metric", "value", "low", "high",
+_TRADEOFF = ("source", "recipe", "setting", "backbone", "reference", "arm", "scale", "shift", "metric", "value",
+             "low", "high",
              "seeds", "trainings", "interval", "verdict", *SPARSITY)  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from headscale.results import Results, Training
-from headscale.tables.trained import RESCALED, UNTOUCHED, mean_of, rows_of, summary
+from headscale.tables.trained import RESCALED, SHIFTED, UNTOUCHED, mean_of, rows_of, summary
+from headscale.verdict import FAILED
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,7 +18,8 @@ HEALTHY_DIMS, HEALTHY_VOCABULARY = (150, 250), 30_522  # per document, sentence-
 CURVES = ("loss_over_ln_n", "active_dims_document", "score_sd", "cosine_document", "grad_norm_head",
           "grad_norm_encoder")  # fmt: skip
 
-_CURVES = ("kind", "recipe", "setting", "backbone", "reference", "arm", "scale", "statistic", "step", "value", "low",
+_CURVES = ("kind", "recipe", "setting", "backbone", "reference", "arm", "scale", "shift", "statistic", "step",
+           "value", "low",
            "high", "seeds", "every", "verdict")  # fmt: skip
 
 
@@ -25,7 +27,8 @@ def curves(results: Results, *, backbone: str | None = None, recipe: str | None 
     """Figure 4: how both arms of a backbone trained, and the reference's untouched head beside them.
 
     The rescaled arm is the constant that a calibration chose; without one, that of the best ranking of the dev pairs,
-    else of the test pairs. Long runs are thinned: every so many-th step is kept as it is (`every`), and the last.
+    else of the test pairs; the shifted one likewise. Long runs are thinned: every so many-th step is kept as it is
+    (`every`), and the last.
 
     Args:
         results: trainings with their logs.
@@ -68,7 +71,9 @@ def _arms(results: Results, cells: DataFrame, backbone: str | None, recipe: str 
     recipe = recipe if recipe is not None or own.empty else str(own["recipe"].iloc[0])
     own = own[own["recipe"] == recipe]
     rescaled = own[own["arm"] == RESCALED]
-    arms = [own[own["arm"] == UNTOUCHED], rescaled[rescaled["scale"] == _chosen(results, name, rescaled)]]
+    shifted = own[own["arm"] == SHIFTED]
+    arms = [own[own["arm"] == UNTOUCHED], rescaled[rescaled["scale"] == _chosen(results, name, rescaled, "scale")],
+            shifted[shifted["shift"] == _chosen(results, name, shifted, "shift")]]  # fmt: skip
     if arms[0].empty:  # a sweep may hold the untouched head as the constant 1
         arms[0] = rescaled[rescaled["scale"] == 1.0]
     if own["reference"].any():
@@ -79,26 +84,27 @@ def _arms(results: Results, cells: DataFrame, backbone: str | None, recipe: str 
 
 
 def _most_telling(cells: DataFrame) -> str:
-    """The first backbone with both arms that is no reference; else one with both; else the first."""
+    """The first backbone with both arms, no reference, that fails untouched; else without the one or the other."""
     arms = cells.groupby("backbone", sort=False)["arm"].nunique()
     both = [name for name in arms.index if arms[name] > 1]
     others = [name for name in both if not cells.loc[cells["backbone"] == name, "reference"].any()]
-    found = [*others, *both, *arms.index]
+    failing = set(cells.loc[(cells["arm"] == UNTOUCHED) & cells["verdict"].isin(list(FAILED)), "backbone"])
+    found = [*(name for name in others if name in failing), *others, *both, *arms.index]
     return str(found[0]) if found else ""
 
 
-def _chosen(results: Results, backbone: str, rescaled: DataFrame) -> float:
-    """The constant to show: a calibration's where it was trained, else the best ranking's, else the last."""
-    scales = set(rescaled["scale"])
+def _chosen(results: Results, backbone: str, cells: DataFrame, name: str) -> float:
+    """The `scale` or `shift` to show: a calibration's where it was trained, else the best ranking's, else the last."""
+    values = set(cells[name])
     for calibration in results.calibrations:
-        if calibration.name == backbone and calibration.scale in scales:
-            return float(calibration.scale or 1.0)
+        if calibration.name == backbone and getattr(calibration, name) in values:
+            return float(getattr(calibration, name))
     for column in ("mrr_dev", "mrr_test"):
-        means = rescaled.groupby("scale")[column].apply(mean_of).dropna()
+        means = cells.groupby(name)[column].apply(mean_of).dropna()
         if len(means):
             best: Any = means.idxmax()
             return float(best)
-    return float(rescaled["scale"].iloc[-1]) if len(rescaled) else math.nan
+    return float(cells[name].iloc[-1]) if len(cells) else math.nan
 
 
 def _curve_rows(arm: DataFrame, trainings: Sequence[Training]) -> list[dict[str, Any]]:
@@ -109,7 +115,8 @@ def _curve_rows(arm: DataFrame, trainings: Sequence[Training]) -> list[dict[str,
     planned = [int(t.training.get("steps") or 0) for t in trainings]
     every = max(1, math.ceil(max(planned, default=0) / DRAWN_STEPS))
     read = [log for t in trainings if len((log := t.steps(CURVES, every=every))["step"])]
-    shared = {name: arm[name].iloc[0] for name in ("recipe", "setting", "backbone", "reference", "arm", "scale")}
+    shared = {name: arm[name].iloc[0] for name in ("recipe", "setting", "backbone", "reference", "arm", "scale",
+                                              "shift")}  # fmt: skip
     rows = []
     steps = np.unique(np.concatenate([log["step"] for log in read])) if read else np.array([])
     for statistic in CURVES if read else ():

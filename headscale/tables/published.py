@@ -88,7 +88,8 @@ def published_rows(published: DataFrame | None, results: Results) -> list[dict[s
         value, low, high, seeds = _free_interval(group["value"].tolist())
         rows.append({
             "source": "published", "recipe": "", "setting": "published figures", "backbone": backbone,
-            "reference": backbone in references, "arm": UNTOUCHED if scale == 1 else RESCALED, "scale": float(scale),
+            "reference": backbone in references, "arm": UNTOUCHED if scale == 1 else RESCALED,
+            "scale": float(scale), "shift": 0.0,
             "metric": metric, "value": value, "low": low, "high": high, "seeds": seeds, "trainings": seeds,
             "interval": SEED_INTERVAL if seeds > 1 else "", "verdict": "",
         })  # fmt: skip

@@ -30,7 +30,8 @@ def members(results: Results) -> list[Member]:
     """Every training whose configuration is known, in each recipe that it belongs to.
 
     An untouched head has neither a mode nor a learning rate of its own: it belongs to every recipe that agrees in the
-    rest. Recipes with most constants and backbones come first.
+    rest, and so does one whose logits were shifted and nothing else, beside the constants written in the same mode.
+    Recipes with most constants and backbones come first.
     """
     known = [t for t in results.trainings if "lr" in t.training]
     settings = [_settings(t) for t in known]
@@ -38,14 +39,16 @@ def members(results: Results) -> list[Member]:
     rest = sorted(n for n in names - _OF_HEAD if len({repr(s[n]) for s in settings}) > 1)
     usual = _usual(settings, [*rest, "scale_bias", "shift"])
     groups: dict[tuple[str, ...], dict[str, None]] = {}
-    scaled = [s for t, s in zip(known, settings, strict=True) if not is_untouched(t)]
+    scaled = [s for t, s in zip(known, settings, strict=True) if not (is_untouched(t) or is_shifted_alone(t))]
     for own in scaled:
         groups.setdefault(_repr(own, rest), {})[_recipe(own, usual, head=True)] = None
     found = []
     for training, own in zip(known, settings, strict=True):
         mine = _recipe(own, usual, head=not is_untouched(training))
-        texts = groups.get(_repr(own, rest), {mine: None}) if is_untouched(training) else {mine: None}
-        found += [Member(training, text, _setting(own)) for text in texts]
+        beside = groups.get(_repr(own, rest), {}) if is_untouched(training) else {}
+        if is_shifted_alone(training):
+            beside = {text: None for text in groups.get(_repr(own, rest), {}) if text.startswith(f"{own['mode']}, ")}
+        found += [Member(training, text, _setting(own)) for text in beside or {mine: None}]
     return _by_size(found)
 
 
@@ -82,6 +85,12 @@ def _settings(training: Training) -> dict[str, Any]:
 def is_untouched(training: Training) -> bool:
     """Whether the head was left as the model has it."""
     return training.training.get("mode") == "none"
+
+
+def is_shifted_alone(training: Training) -> bool:
+    """Whether the level of the logits was moved, and neither the scale nor the head's learning rate."""
+    own = training.training
+    return bool(own.get("shift")) and own.get("scale") == 1.0 and own.get("head_lr_multiplier", 1.0) == 1.0
 
 
 def _repr(values: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headscale.results import Results, Training, backbones
-from headscale.tables.recipes import Member, is_untouched, members
+from headscale.tables.recipes import Member, is_shifted_alone, is_untouched, members
 from headscale.verdict import WORDS
 
 if TYPE_CHECKING:
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 TRAINED_METRICS = {"MRR@10": "mrr_test", "nDCG@10": "ndcg_test"}
 TRAINED_METRIC = "MRR@10"
 SEED_INTERVAL = "95 % t over seeds"
-UNTOUCHED, RESCALED = "untouched", "rescaled"
+UNTOUCHED, SHIFTED, RESCALED = "untouched", "shifted", "rescaled"
 
-_CELL_COLUMNS = ("recipe", "setting", "backbone", "reference", "scale", "arm", "mode", "head_lr_multiplier", "seed",
+_CELL_COLUMNS = ("recipe", "setting", "backbone", "reference", "scale", "shift", "arm", "mode",
+                 "head_lr_multiplier", "seed",
                  "status", "key", "norm", "mrr_dev", "mrr_test", "ndcg_test", "chance_mrr", "active_dims_query",
                  "active_dims_document", "flops_cost", "verdict", "verdict_step", "verdict_lr_share", "loss_end",
                  "message")  # fmt: skip
@@ -45,7 +46,8 @@ def _cell_row(member: Member, reference: bool) -> dict[str, Any]:
         "backbone": training.backbone,
         "reference": reference,
         "scale": float(own["scale"]),
-        "arm": UNTOUCHED if is_untouched(training) else RESCALED,
+        "shift": float(own.get("shift") or 0.0),
+        "arm": UNTOUCHED if is_untouched(training) else SHIFTED if is_shifted_alone(training) else RESCALED,
         "mode": own.get("mode"),
         "head_lr_multiplier": own.get("head_lr_multiplier"),
         "seed": own.get("seed"),
@@ -129,16 +131,17 @@ def worst_word(words: Iterable[str | None]) -> str:
 
 
 def points_of(cells: DataFrame, metric: str) -> list[dict[str, Any]]:
-    """Seeds taken together: a row per recipe, backbone, arm and constant, in the order of the cells."""
+    """Seeds taken together: a row per recipe, backbone, arm, constant and shift, in the order of the cells."""
     found = []
-    keys = ["recipe", "backbone", "arm", "scale"]
-    for (recipe, backbone, arm, scale), group in cells.groupby(keys, sort=False):
+    keys = ["recipe", "backbone", "arm", "scale", "shift"]
+    for (recipe, backbone, arm, scale, shift), group in cells.groupby(keys, sort=False):
         value, low, high, seeds = t_interval(group[TRAINED_METRICS[metric]].tolist())
         means = {n: mean_of(group[n]) for n in ("norm", "active_dims_query", "active_dims_document", "flops_cost",
                                               "chance_mrr")}  # fmt: skip
         found.append({
             "source": "training", "recipe": recipe, "setting": group["setting"].iloc[0], "backbone": backbone,
-            "reference": bool(group["reference"].iloc[0]), "arm": arm, "scale": scale, "metric": metric,
+            "reference": bool(group["reference"].iloc[0]), "arm": arm, "scale": scale, "shift": shift,
+            "metric": metric,
             "value": value, "low": low, "high": high, "seeds": seeds, "trainings": len(group),
             "interval": SEED_INTERVAL if seeds > 1 else "", "verdict": worst_word(group["verdict"]), **means,
         })  # fmt: skip
