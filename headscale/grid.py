@@ -65,6 +65,7 @@ class Axes:
         head_lr_multipliers: of the head's learning rate, for constants that are written untied.
         lrs: learning rates; empty: the recipe's.
         seeds: of every cell.
+        shifts: added to the logits before each constant; an untouched head has none.
     """
 
     scales: tuple[float | None, ...]
@@ -72,6 +73,7 @@ class Axes:
     head_lr_multipliers: tuple[float, ...] = (1.0,)
     lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    shifts: tuple[float, ...] = (0.0,)
 
     def check(self) -> None:
         """Refuse a mode that does not exist."""
@@ -81,21 +83,22 @@ class Axes:
                 f"`--modes {unknown[0]}` is none of {', '.join(SCALED_MODES)}", "see `headscale sweep --help`"
             )
 
-    def with_scales(self, scales: tuple[float | None, ...]) -> Axes:
-        """The same grid over other constants."""
-        return replace(self, scales=scales)
+    def with_starts(self, scales: tuple[float | None, ...], shifts: tuple[float, ...] = (0.0,)) -> Axes:
+        """The same grid over other constants and shifts."""
+        return replace(self, scales=scales, shifts=shifts)
 
     def trainings(self, recipe: TrainingConfig) -> list[TrainingConfig]:
         """The training of every cell, none twice."""
-        points = itertools.product(self.lrs or (recipe.lr,), self.scales, self.modes, self.head_lr_multipliers)
+        heads = itertools.product(self.scales, self.shifts, self.modes, self.head_lr_multipliers)
+        points = itertools.product(self.lrs or (recipe.lr,), heads, self.seeds)
         found: dict[TrainingConfig, None] = {}
-        for (lr, scale, mode, multiplier), seed in itertools.product(points, self.seeds):
+        for lr, (scale, shift, mode, multiplier), seed in points:
             base = recipe.replace(lr=lr, seed=seed)
             if scale is None:
                 found[base.replace(scale=1.0, mode="none", head_lr_multiplier=1.0)] = None
             else:
                 own = multiplier if mode == "untie" else 1.0
-                found[base.replace(scale=scale, mode=mode, head_lr_multiplier=own)] = None
+                found[base.replace(scale=scale, mode=mode, head_lr_multiplier=own, shift=shift)] = None
         return list(found)
 
 

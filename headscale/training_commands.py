@@ -152,6 +152,9 @@ def sweep(
     scales: Annotated[
         str, typer.Option(metavar="LIST", help="Constants: auto (without a shift), none, 1/16, 0.25.")
     ] = "auto,none",
+    shifts: Annotated[
+        str, typer.Option(metavar="LIST", help="Added to the logits first: numbers, or auto, the calibrated one.")
+    ] = "0",
     reference: Ref = "bert-base-uncased",
     modes: Annotated[str, typer.Option(metavar="LIST", help="Of untie, fold, logits.")] = "untie",
     head_lr_multipliers: Annotated[str, typer.Option(metavar="LIST", help="Of the untied head.")] = "1",
@@ -191,7 +194,7 @@ def sweep(
 ) -> None:
     """Train a grid of cells, resumable.
 
-    Backbones x constants x modes x learning rates x seeds, each an independent cell.
+    Backbones x constants x shifts x modes x learning rates x seeds, each an independent cell.
     """
     if launched_processes() > 1:
         raise UsageError(
@@ -225,21 +228,24 @@ def sweep(
         raise UsageError("`--gpus-per-cell` is for Ray, which sets GPUs aside", "add `--ray ADDRESS`")
     training = training.replace(negatives=negatives_of(recipe, negatives, source))
     wanted = [s if s in ("auto", "none") else _constant(s, "--scales") for s in _listed(scales, "--scales")]
+    moved = [s if s == "auto" else _number(s, "--shifts") for s in _listed(shifts, "--shifts")]
     bench = Bench(voice.note)
     corpus = bench.corpus(source)
     plan: list[dict[str, Any]] = []
     for name in backbones:
 
-        def scaled(name: str = name) -> tuple[float | None, ...]:
-            auto = None
-            if "auto" in wanted:
-                with voice.progress(f"calibrating {name}") as bar:
-                    auto = calibrated(name, bench, corpus, training, reference, bar, shift=False).scale
-            values = {"auto": auto, "none": None}
-            return tuple(values[w] if isinstance(w, str) else w for w in wanted)
+        def chosen(shift: bool | None, name: str = name) -> Any:
+            with voice.progress(f"calibrating {name}") as bar:
+                return calibrated(name, bench, corpus, training, reference, bar, shift=shift)
 
-        def planned_cells(name: str = name) -> list[dict[str, Any]]:
-            own = axes.with_scales(scaled(name)).trainings(training)
+        def starts(chosen: Callable[[bool | None], Any] = chosen) -> tuple[tuple[float | None, ...], tuple[float, ...]]:
+            auto = {"auto": chosen(False).scale if "auto" in wanted else None, "none": None}
+            shift = chosen(None).shift if "auto" in moved else 0.0
+            scaled = tuple(auto[w] if isinstance(w, str) else w for w in wanted)
+            return scaled, tuple(shift if isinstance(m, str) else m for m in moved)
+
+        def planned_cells(name: str = name, starts: Callable[[], Any] = starts) -> list[dict[str, Any]]:
+            own = axes.with_starts(*starts()).trainings(training)
             return [configuration_of(name, one, source, corpus, trust_remote_code=trust_remote_code) for one in own]
 
         plan += attempt(planned_cells, voice, name) or []
@@ -401,6 +407,19 @@ def _steps_shown(voice: Voice, title: str, steps: int) -> Iterator[Any]:
 
     with voice.progress(title) as bar:
         yield shown_steps(bar, steps)
+
+
+def _number(text: str, option: str) -> float:
+    """Any finite number."""
+    import math
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"`{option} {text}` is not a number", "write it as -2.5, or auto")
+    return value
 
 
 def _announce(training: Any, voice: Voice, processes: int) -> None:

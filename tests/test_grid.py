@@ -60,6 +60,14 @@ def test_an_unknown_mode_is_refused() -> None:
         Axes((1.0,), ("magic",)).check()
 
 
+def test_a_shift_goes_with_every_constant_and_with_no_untouched_head() -> None:
+    found = Axes((None, 1.0, 0.5), seeds=(0, 1), shifts=(0.0, -2.0)).trainings(CONFIG)
+    heads = [(t.mode, t.scale, t.shift) for t in found if t.seed == 0]
+    assert sorted(heads) == [("none", 1.0, 0.0), ("untie", 0.5, -2.0), ("untie", 0.5, 0.0), ("untie", 1.0, -2.0),
+                             ("untie", 1.0, 0.0)]  # fmt: skip
+    assert len(found) == 2 * len(heads)
+
+
 # --- running -------------------------------------------------------------------------------------------------------
 
 
