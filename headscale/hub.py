@@ -83,7 +83,6 @@ class HubFiles:
         on_progress: Tell | None = None,
     ) -> None:
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers
 
         _check_id(repo)
         self.repo, self.revision, self._cache_dir, self._token = repo, revision, cache_dir, token
@@ -92,6 +91,8 @@ class HubFiles:
         self._remotes: dict[str, Remote] = {}
         if constants.HF_HUB_OFFLINE if offline is None else offline:
             raise _offline(repo)
+        from huggingface_hub.utils import build_hf_headers  # brings its HTTP client, which takes longer than a head
+
         with self._translating():
             self._headers: dict[str, str] = build_hf_headers(token=token, library_name="headscale")
         info = self._describe()
