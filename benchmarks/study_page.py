@@ -85,9 +85,10 @@ def main() -> None:
             for folder in (backbones / name).glob("tiny-*"):
                 Path(name).symlink_to(folder)
         measure([REFERENCE, FAILING, *(name for name in PRETRAINED if Path(name).exists())])
-        headscale(["report", "headscale-runs", "-o", str(REPORTS / "study.html")])
-        figures = ["--figure", "norm", "--figure", "curves"]
-        headscale(["report", "headscale-runs", "--plot", str(REPORTS / "study.svg"), *figures])
+        headscale(["report", "headscale-runs", "-o", "study.html"])
+        headscale(["report", "headscale-runs", "--plot", "study.svg", "--figure", "norm", "--figure", "curves"])
+        for made in Path().glob("study*.*"):
+            shutil.copy(made, REPORTS / made.name)
 
 
 if __name__ == "__main__":
