@@ -64,8 +64,9 @@ def draw(rows: list[dict[str, Any]], path: Path, clock: str) -> None:
         panels[1][column].set_xlabel(f"{LABELS[axis]}\n(elsewhere {BASE[axis]:,})")
     panels[0][0].set_ylabel(f"time, ms\n({clock})")
     panels[1][0].set_ylabel("peak memory, MB\n(beyond inputs and gradients)")
-    panels[0][0].legend(loc="upper left")
-    figure.suptitle(f"The pooled head, forward and backward, width {BASE['width']}, 90 % zeros")
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper right", ncols=2)
+    figure.suptitle(f"The pooled head, forward and backward, width {BASE['width']}, 90 % zeros", x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
