@@ -27,8 +27,8 @@ from headscale.recipes import TrainingConfig  # noqa: E402
 from headscale.trials import Bench, TextSource, configuration_of, run_cell  # noqa: E402
 from headscale.verdict import judge_run  # noqa: E402
 
-COLUMNS = ("backbone", "start", "seed", "precision", "steps/s", "MB", "nDCG@10", "nDCG@10 CPU", "verdict", "verdict CPU",
-           "ended CPU")  # fmt: skip
+COLUMNS = ("backbone", "start", "seed", "precision", "steps/s", "MB", "nDCG@10", "nDCG@10 CPU", "verdict",
+           "verdict CPU", "ended CPU")  # fmt: skip
 NUMBERS = ("scale", "shift", "head_lr_multiplier", "lr", "seed", "lambda_document", "temperature", "warmup_ratio")
 
 
