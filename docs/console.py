@@ -1,4 +1,4 @@
-"""Run the console blocks of documents, in order, in one fresh folder: `python docs/console.py PAGE...`.
+"""Run the console blocks of pages, each page in a fresh folder of its own: `python docs/console.py PAGE...`.
 
 Lines that begin with `$ ` are run; a block after a line `<!-- not run: WHY -->` is not. The first command that fails
 ends it.
@@ -23,8 +23,8 @@ def commands(page: Path) -> list[str]:
 
 def main() -> None:
     """Run what the pages say."""
-    with tempfile.TemporaryDirectory() as folder:
-        for page in map(Path, sys.argv[1:]):
+    for page in map(Path, sys.argv[1:]):
+        with tempfile.TemporaryDirectory() as folder:
             for command in commands(page):
                 done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
                 if done.returncode:
