@@ -171,14 +171,6 @@ class TrainingRun(Record):
     texts_at_once: int | None = None  # where memory ran short of what was configured; the gradients are the same
 
 
-@dataclass(frozen=True)
-class TrialArm(Record):
-    """One arm of a trial: the same data and seed, and its own way to start."""
-
-    name: str  # "calibrated" or "untouched"
-    run: TrainingRun
-
-
 SAMENESS_EXCLUDES = frozenset({"memory", "seconds", "device_reason", "texts_at_once"})
 """Fields of these records that may differ between two runs of the same seed on the same device."""
 
